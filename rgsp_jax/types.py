@@ -1,0 +1,42 @@
+"""Array records that kernels return. A record's fields say their shapes; boolean fields and entries are flags."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float
+
+
+class TruncatedSVD(NamedTuple):
+    """`w ~= u @ diag(s) @ v.T`, singular values descending, the largest entry of every u column positive (SPEC R1).
+
+    Under a run-time `active_rank` the columns and singular values past it are exactly zero.
+    """
+
+    u: Float[Array, "m r"]
+    s: Float[Array, "r"]
+    v: Float[Array, "n r"]
+    residual: Float[Array, ""]
+    """max_i of |w v_i - s_i u_i| and |w^T u_i - s_i v_i|, relative to s_1: 0 is exact; dimensionless."""
+
+
+class Coupling(NamedTuple):
+    """Solution of an entropic (fused) Gromov-Wasserstein problem."""
+
+    plan: Float[Array, "ra rb"]
+    cost: Float[Array, ""]
+    """Transport cost at the plan, without the entropy term."""
+    marginal_error: Float[Array, ""]
+    """L1 distance of both of the plan's marginals from the given ones, summed."""
+    plan_change: Float[Array, ""]
+    """L1 change of the plan in one more outer step: the distance from a fixed point."""
+    converged: Bool[Array, ""]
+
+
+class MergeOutput(NamedTuple):
+    """One merged matrix and what there is to say of it.
+
+    `stats` maps names to scalars or small arrays of fixed shape; boolean scalars are flags of numerical trouble
+    (True is bad) and end up as warnings in the report.
+    """
+
+    merged: Float[Array, "m n"]
+    stats: dict[str, Array]
