@@ -1,0 +1,31 @@
+"""flax.nnx model families: a config and its wiring each, shared pieces, and weights mapped as data."""
+
+from rgsp_jax.models.bert import Bert, BertClassifier, BertConfig
+from rgsp_jax.models.vit import Vit, VitClassifier, VitConfig
+from rgsp_jax.models.weights import (
+    WeightPlace,
+    WeightRule,
+    WeightTable,
+    export_weights,
+    extract_parameters,
+    load_weights,
+    map_weights,
+    replace_parameters,
+)
+
+__all__ = [
+    "Bert",
+    "BertClassifier",
+    "BertConfig",
+    "Vit",
+    "VitClassifier",
+    "VitConfig",
+    "WeightPlace",
+    "WeightRule",
+    "WeightTable",
+    "export_weights",
+    "extract_parameters",
+    "load_weights",
+    "map_weights",
+    "replace_parameters",
+]
