@@ -1,0 +1,20 @@
+"""Fingerprints: a fast one for tensors in memory, a cryptographic one for files."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from rgsp_jax.checkpoint.specs import flat_bytes
+
+
+def digest(array: np.ndarray) -> str:
+    """XXH3 (128 bits, hexadecimal) of the array's elements in C order; shape and dtype do not enter."""
+    return xxhash.xxh3_128(memoryview(flat_bytes(np.asarray(array, order="C")))).hexdigest()  # type: ignore[arg-type]
+
+
+def hash_file(path: Path | str) -> str:
+    """SHA-256 (hexadecimal) of a file, streamed; other threads run meanwhile."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

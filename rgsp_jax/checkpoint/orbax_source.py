@@ -1,0 +1,133 @@
+"""Orbax checkpoints: one array at a time, as NumPy arrays, through the v1 interface."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rgsp_jax.checkpoint.safetensors_header import cap, describe_failure
+from rgsp_jax.checkpoint.specs import DTYPE_CODES, Checkpoint, TensorSpec, unsupported_dtype
+from rgsp_jax.errors import RefusedError
+
+TRAINING_STATE = frozenset({"opt_state", "optimizer", "optimizer_state", "optim", "opt", "rng", "rngs"})
+MARKERS = ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint", "manifest.ocdbt")
+
+
+def is_orbax(directory: Path) -> bool:
+    """Whether a directory carries one of Orbax's own files."""
+    return any((directory / marker).exists() for marker in MARKERS)
+
+
+def walk_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Leaves of nested dicts and lists with their paths; list positions appear as decimal strings."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from walk_tree(value, (*path, str(key)))
+    elif isinstance(tree, (list, tuple)) and tree:
+        for position, value in enumerate(tree):
+            yield from walk_tree(value, (*path, str(position)))
+    else:
+        yield path, tree
+
+
+def map_tree(tree: Any, change: Any, path: tuple[str, ...] = ()) -> Any:
+    """The same nested dicts and lists with every leaf replaced by `change(path, leaf)`."""
+    if isinstance(tree, Mapping) and tree:
+        return {key: map_tree(value, change, (*path, str(key))) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)) and tree:
+        return [map_tree(value, change, (*path, str(position))) for position, value in enumerate(tree)]
+    return change(path, tree)
+
+
+def is_array(leaf: object) -> bool:
+    """Whether a metadata leaf describes an array; scalars, strings, None and empty nodes do not."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+class OrbaxCheckpoint(Checkpoint):
+    """The arrays of an Orbax checkpoint under their tree paths joined by `/`.
+
+    Optimiser state and random keys at the top level are left out; scalars, strings and empty nodes are no tensors
+    (`convert_to_orbax` carries them over). A partial read loads its whole array once and keeps it until its last
+    element was read or another array is asked for.
+    """
+
+    format = "orbax"
+
+    def __init__(self, path: Path, **companions: Any):
+        from orbax.checkpoint import v1 as ocp
+
+        self._orbax = ocp
+        try:
+            found = ocp.metadata(path)
+        except Exception as error:
+            raise RefusedError(f"{path} cannot be read as an Orbax checkpoint ({describe_failure(error)})") from None
+        self.tree = found.metadata
+        specs: dict[str, TensorSpec] = {}
+        skipped: list[str] = []
+        problems: list[str] = []
+        self._paths: dict[str, tuple[str, ...]] = {}
+        for keys, leaf in walk_tree(self.tree):
+            name = "/".join(keys)
+            if is_training_state(keys):
+                skipped.append(name)
+            elif is_array(leaf):
+                if name in specs:
+                    problems.append(f"{path}: two arrays are named {name!r} once their keys are joined by '/'")
+                dtype = np.dtype(leaf.dtype)
+                if dtype not in DTYPE_CODES:
+                    problems.append(f"{path}: array {name!r} {unsupported_dtype(str(dtype))}")
+                specs[name] = TensorSpec(name, tuple(leaf.shape), dtype)
+                self._paths[name] = keys
+            else:
+                skipped.append(name)
+        if problems:
+            raise RefusedError(cap(problems))
+        files = tuple(sorted(file for file in path.rglob("*") if file.is_file() and not is_beside(path, file)))
+        metadata = {"custom_metadata": found.custom_metadata, "not_tensors": skipped}
+        super().__init__(path, specs, files, metadata=metadata, **companions)
+        self._lock = threading.Lock()
+        self._kept: tuple[str, np.ndarray] | None = None
+
+    def _fill(self, spec: TensorSpec, out: np.ndarray, start: int) -> None:
+        with self._lock:
+            if self._kept is None or self._kept[0] != spec.name:
+                self._kept = None
+                self._kept = (spec.name, self._load(spec))
+            flat = self._kept[1].reshape(-1)
+            if start + out.size == spec.size:
+                self._kept = None
+        out[:] = flat[start : start + out.size]
+
+    def _load(self, spec: TensorSpec) -> np.ndarray:
+        wanted = self._paths[spec.name]
+        # np.ndarray as the abstract leaf loads arrays of any sharding on any number of devices; ... skips a leaf.
+        abstract = map_tree(self.tree, lambda path, leaf: np.ndarray if path == wanted else _placeholder(leaf))
+        try:
+            loaded = self._orbax.load(self.path, abstract)
+        except Exception as error:
+            raise RefusedError(f"{self.path}: array {spec.name!r} cannot be read ({describe_failure(error)})") from None
+        array = next(leaf for path, leaf in walk_tree(loaded) if path == wanted)
+        if not isinstance(array, np.ndarray) or array.shape != spec.shape or array.dtype != spec.dtype:
+            raise RefusedError(f"{self.path}: array {spec.name!r} is not what the checkpoint's metadata says")
+        return np.asarray(array, order="C")
+
+    def close(self) -> None:
+        with self._lock:
+            self._kept = None
+
+
+def _placeholder(leaf: Any) -> Any:
+    return leaf if leaf is None or leaf == {} or leaf == [] else ...
+
+
+def is_training_state(keys: tuple[str, ...]) -> bool:
+    """Whether a tree path lies in optimiser state or random keys of a training checkpoint."""
+    return bool(keys) and keys[0] in TRAINING_STATE
+
+
+def is_beside(directory: Path, file: Path) -> bool:
+    """Whether a file in an Orbax directory is a companion (config, tokenizer) and not Orbax's own."""
+    return file.parent == directory and file.name not in {*MARKERS, "_sharding", "commit_success.txt", "_strings.json"}

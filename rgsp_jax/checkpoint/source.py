@@ -1,0 +1,166 @@
+"""Opening a model wherever it lies: directory, lone file, Orbax checkpoint or hub; every refusal in one place."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rgsp_jax.checkpoint.companions import find_companions
+from rgsp_jax.checkpoint.guards import (
+    find_adapters,
+    find_lfs_pointers,
+    find_quantisation,
+    read_config,
+    resolve_inside,
+)
+from rgsp_jax.checkpoint.hub import HUB_PREFIX, download
+from rgsp_jax.checkpoint.orbax_source import OrbaxCheckpoint, is_beside, is_orbax
+from rgsp_jax.checkpoint.safetensors_header import read_header
+from rgsp_jax.checkpoint.safetensors_source import SafetensorsCheckpoint, open_sharded
+from rgsp_jax.checkpoint.specs import Checkpoint
+from rgsp_jax.checkpoint.torch_source import TorchCheckpoint, open_torch_shards
+from rgsp_jax.errors import RefusedError
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "adapter_", "scaler")
+
+
+def open_checkpoint(location: str | Path) -> Checkpoint:
+    """Open a model by its headers; no element is read.
+
+    Args:
+        location: a Hugging Face directory (safetensors, sharded or not, preferred to PyTorch files), a lone
+            `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, an Orbax directory, or `hf://owner/name[@revision]`.
+
+    Raises:
+        RefusedError: no such model, or one that cannot be merged as it is; every reason is named.
+    """
+    if str(location).startswith(HUB_PREFIX):
+        location = download(str(location))
+    path = Path(location).expanduser()
+    if not path.exists():
+        raise RefusedError(_describe_missing(path))
+    if path.is_file():
+        checkpoint = _open_file(path)
+    elif path.is_dir():
+        checkpoint = _open_directory(path.resolve())
+    else:
+        raise RefusedError(f"{path} is neither a file nor a directory")
+    problems = find_adapters(path, checkpoint.specs) or find_quantisation(path, checkpoint.specs, checkpoint.config)
+    if not checkpoint.specs:
+        problems.append(f"{path} holds no tensor")
+    problems += find_lfs_pointers(checkpoint.path, checkpoint.companions)
+    if problems:
+        checkpoint.close()
+        raise RefusedError(problems)
+    return checkpoint
+
+
+def _describe_missing(path: Path) -> str:
+    if path.is_symlink():
+        return f"{path} is a symbolic link that leads nowhere"
+    parent = path.parent
+    if not parent.is_dir():
+        return f"{path} does not exist (nor does {parent})"
+    close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
+    hint = f"; did you mean {parent / close[0]}?" if close else ""
+    return f"{path} does not exist{hint}"
+
+
+def _open_file(path: Path) -> Checkpoint:
+    """A lone state dict: no config, no companions."""
+    real = path.resolve()
+    if path.suffix == ".safetensors":
+        header = read_header(real)
+        return SafetensorsCheckpoint(real, [header], metadata=header.metadata)
+    if path.suffix in TORCH_SUFFIXES:
+        return TorchCheckpoint(real, (real,))
+    if path.name.endswith(".index.json"):
+        raise RefusedError(f"{path} is an index: give its directory {path.parent}")
+    known = ", ".join((".safetensors", *TORCH_SUFFIXES))
+    raise RefusedError(f"{path} is no weight file by its name; known are {known}, Hugging Face and Orbax directories")
+
+
+def _open_directory(directory: Path) -> Checkpoint:
+    if is_orbax(directory):
+        beside = tuple(path for path in find_companions(directory) if is_beside(directory, directory / path))
+        return OrbaxCheckpoint(directory, companions=beside, config=read_config(directory))
+    problems: list[str] = []
+    config: dict[str, Any] | None = None
+    try:
+        config = read_config(directory)
+    except RefusedError as error:
+        problems += error.problems
+    companions: tuple[Path, ...] = ()
+    try:
+        companions = find_companions(directory)
+    except RefusedError as error:
+        problems += error.problems
+    checkpoint: Checkpoint | None = None
+    try:
+        checkpoint = _open_weights(directory, {"companions": companions, "config": config})
+    except RefusedError as error:
+        problems += error.problems
+        problems += find_quantisation(directory, {}, config)
+    if problems or checkpoint is None:
+        raise RefusedError(problems)
+    return checkpoint
+
+
+def _open_weights(directory: Path, beside: Mapping[str, Any]) -> Checkpoint:
+    names = sorted(entry.name for entry in directory.iterdir() if not entry.is_dir())
+    weights = [name for name in names if not name.startswith((".", *NOT_WEIGHTS))]
+    indices = [name for name in weights if name.endswith(".safetensors.index.json")]
+    single = pick_weights(directory, weights, (".safetensors",), "model.safetensors", indices)
+    if single is not None and single in indices:
+        headers, metadata = open_sharded(directory, directory / single)
+        return SafetensorsCheckpoint(directory, headers, metadata=metadata, **beside)
+    if single is not None:
+        header = read_header(resolve_inside(directory, single))
+        return SafetensorsCheckpoint(directory, [header], metadata=header.metadata, **beside)
+    indices = [name for name in weights if name.endswith(".bin.index.json")]
+    single = pick_weights(directory, weights, TORCH_SUFFIXES, "pytorch_model.bin", indices)
+    if single is not None and single in indices:
+        return open_torch_shards(directory, directory / single, **beside)
+    if single is not None:
+        return TorchCheckpoint(directory, (resolve_inside(directory, single),), **beside)
+    raise RefusedError(_describe_no_weights(directory, names))
+
+
+def pick_weights(
+    directory: Path, names: list[str], suffixes: tuple[str, ...], standard: str, indices: list[str]
+) -> str | None:
+    """The weight file or index to open among a directory's files; None where there is none of this format.
+
+    In the order of transformers: the standard name, its index, then any only index, then any only file.
+    """
+    files = [name for name in names if name.endswith(suffixes)]
+    for choice in (standard, f"{standard}.index.json"):
+        if choice in names:
+            return choice
+    if len(indices) == 1:
+        return indices[0]
+    if len(files) == 1 and not indices:
+        return files[0]
+    if not files and not indices:
+        return None
+    candidates = ", ".join((indices or files)[:10])
+    hint = "give the one file meant" if len(indices) < 2 else "keep the one index meant"
+    raise RefusedError(f"{directory} has no {standard} and several other candidates ({candidates}): {hint}")
+
+
+def _describe_no_weights(directory: Path, names: list[str]) -> str:
+    if "adapter_config.json" in names:
+        return (
+            f"{directory} is a LoRA adapter without a model (adapter_config.json and no full weights): "
+            "merge it into its base model first (peft's merge_and_unload)"
+        )
+    inner = [
+        entry.name
+        for entry in sorted(directory.iterdir())
+        if entry.is_dir() and (is_orbax(entry) or any(entry.glob("*.safetensors")) or any(entry.glob("*.bin")))
+    ]
+    hint = f"; its folder(s) {', '.join(inner[:10])} hold weights: give one of those" if inner else ""
+    other = [name for name in names if name.endswith((".h5", ".msgpack", ".gguf", ".onnx"))]
+    hint += f"; {', '.join(other)} is of a format not read here: save the model as safetensors" if other else ""
+    return f"{directory} holds no weights (*.safetensors, *.bin, *.pt, *.pth, *.ckpt or an Orbax checkpoint){hint}"

@@ -1,0 +1,175 @@
+"""What every checkpoint format is reduced to: named tensors with a shape and a dtype, and flat reads of them."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import ml_dtypes
+import numpy as np
+
+from rgsp_jax.errors import RefusedError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+DTYPES: Mapping[str, np.dtype] = MappingProxyType(
+    {
+        "BOOL": np.dtype(np.bool_),
+        "U8": np.dtype(np.uint8),
+        "I8": np.dtype(np.int8),
+        "U16": np.dtype(np.uint16),
+        "I16": np.dtype(np.int16),
+        "U32": np.dtype(np.uint32),
+        "I32": np.dtype(np.int32),
+        "U64": np.dtype(np.uint64),
+        "I64": np.dtype(np.int64),
+        "F16": np.dtype(np.float16),
+        "BF16": BFLOAT16,
+        "F32": np.dtype(np.float32),
+        "F64": np.dtype(np.float64),
+    }
+)
+"""Supported dtypes under their safetensors names."""
+
+DTYPE_CODES: Mapping[np.dtype, str] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
+
+FLOATING = frozenset({DTYPES["F16"], BFLOAT16, DTYPES["F32"], DTYPES["F64"]})
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor as it lies on disk."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements; 1 for a scalar of shape ()."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's elements on disk."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def kind(self) -> str:
+        """`float`, `integer` or `bool`: tensors of one kind may be merged across dtypes."""
+        if self.dtype in FLOATING:
+            return "float"
+        return "bool" if self.dtype == np.bool_ else "integer"
+
+
+def flat_bytes(array: np.ndarray) -> np.ndarray:
+    """View of a C-contiguous array as one row of bytes (ml_dtypes arrays have no usable buffer of their own)."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def unsupported_dtype(label: str) -> str:
+    """Half a sentence that says why a dtype cannot be merged and what to do."""
+    low_bits = label.upper().replace("TORCH.", "").startswith(("F8", "F4", "F6", "FLOAT8", "FLOAT4", "FLOAT6", "INT4"))
+    if low_bits:
+        return f"is quantised ({label}): dequantise the model to bfloat16, float16 or float32 first"
+    if label.lower().replace("torch.", "").startswith(("c", "complex")):
+        return f"is complex ({label}), which no method here merges"
+    return f"has the unsupported dtype {label}; supported are {', '.join(DTYPES)}"
+
+
+class Checkpoint(ABC):
+    """An opened model: specs read from headers, elements read on demand.
+
+    Attributes:
+        path: directory or file as given, resolved.
+        format: `safetensors`, `torch` or `orbax`.
+        specs: every key on disk, aliases included, in disk order (shards in index order, by offset within a file).
+        aliases: key -> the earlier key whose elements it shares (tied weights). Merge `specs` without `aliases`;
+            write an alias as its owner's result or leave it out, as its directory's format wants.
+        weight_files: the files that hold the elements, absolute.
+        companions: relative paths of what belongs to the model besides weights; empty for a lone file.
+        config: the parsed `config.json`, or None.
+        metadata: what the file format itself records (string map of safetensors, custom metadata of Orbax).
+
+    Reads are thread-safe. The file must not change while open: a changed file is refused at the next read.
+    """
+
+    format: ClassVar[str]
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, TensorSpec],
+        weight_files: tuple[Path, ...],
+        *,
+        aliases: Mapping[str, str] | None = None,
+        companions: tuple[Path, ...] = (),
+        config: dict[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ):
+        self.path = path
+        self.specs: Mapping[str, TensorSpec] = MappingProxyType(dict(specs))
+        self.weight_files = weight_files
+        self.aliases: Mapping[str, str] = MappingProxyType(dict(aliases or {}))
+        self.companions = companions
+        self.config = config
+        self.metadata: Mapping[str, Any] = MappingProxyType(dict(metadata or {}))
+
+    def read_into(self, name: str, out: np.ndarray, start: int = 0) -> None:
+        """Fill `out` with the flat elements `[start, start + out.size)` of tensor `name`.
+
+        Args:
+            name: a key of `specs` (KeyError otherwise).
+            out: writable C-contiguous array of any shape and of the tensor's dtype on disk.
+            start: first element, counted in the tensor's C order.
+
+        Raises:
+            ValueError: `out` has another dtype or layout, or the range leaves the tensor.
+            RefusedError: the file was changed or cut short since it was opened.
+        """
+        spec = self.specs[name]
+        if out.dtype != spec.dtype:
+            raise ValueError(f"{name!r} is {spec.dtype} on disk, the buffer is {out.dtype}")
+        if not (out.flags.c_contiguous and out.flags.writeable):
+            raise ValueError(f"the buffer for {name!r} must be C-contiguous and writable")
+        if start < 0 or start + out.size > spec.size:
+            raise ValueError(f"elements [{start}, {start + out.size}) leave {name!r}, which has {spec.size}")
+        if out.size:
+            self._fill(spec, out.reshape(-1), start)
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor as a fresh C-contiguous array."""
+        spec = self.specs[name]
+        out = np.empty(spec.shape, spec.dtype)
+        self.read_into(name, out)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, aliases counted once."""
+        return sum(spec.nbytes for name, spec in self.specs.items() if name not in self.aliases)
+
+    @abstractmethod
+    def _fill(self, spec: TensorSpec, out: np.ndarray, start: int) -> None:
+        """Fill the checked, non-empty 1-D `out`."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of mappings; specs stay readable."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{self.format} checkpoint {self.path}: {len(self.specs)} tensors, {self.nbytes} bytes>"
+
+
+def raise_if(problems: list[str]) -> None:
+    """Raise RefusedError with all problems, if any."""
+    if problems:
+        raise RefusedError(problems)
