@@ -3,6 +3,7 @@
 from rgsp_jax.checkpoint.companions import OWN_FILES, copy_companions
 from rgsp_jax.checkpoint.compatibility import find_problems
 from rgsp_jax.checkpoint.hashing import digest, hash_file
+from rgsp_jax.checkpoint.orbax_writer import convert_to_orbax
 from rgsp_jax.checkpoint.output import check_disk, check_output, format_bytes, publish
 from rgsp_jax.checkpoint.shard_plan import Placement, Shard, ShardPlan, plan_shards
 from rgsp_jax.checkpoint.shard_writer import ShardWriter, write_safetensors
@@ -20,6 +21,7 @@ __all__ = [
     "TensorSpec",
     "check_disk",
     "check_output",
+    "convert_to_orbax",
     "copy_companions",
     "digest",
     "find_problems",

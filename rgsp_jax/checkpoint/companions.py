@@ -15,7 +15,7 @@ from rgsp_jax.errors import RefusedError
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml"}
     | {".npz", ".npy", ".tflite", ".mlmodel", ".pkl", ".pickle", ".joblib", ".ot", ".pb", ".engine", ".mar"}
-    | {".distcp", ".zip", ".tar", ".gz", ".part", ".incomplete", ".lock", ".tmp", ".writing"}
+    | {".distcp", ".part", ".incomplete", ".lock", ".tmp", ".writing"}
 )
 SKIPPED_NAMES = re.compile(
     r"(?i)^(readme(\..*)?|model_?card(\..*)?|.*\.index\.json|trainer_state\.json|training_args\..*|optimizer.*|scheduler\.pt"
@@ -37,8 +37,9 @@ DTYPE_KEYS = ("torch_dtype", "dtype")
 def find_companions(directory: Path) -> tuple[Path, ...]:
     """Relative paths, sorted, of every file that a copy of the model needs besides its weights.
 
-    Left out: weights of every format (those of sentence-transformers modules such as `2_Dense` excepted), indices,
-    optimiser and training state, logs, the model card, hidden files, our own reports.
+    Left out: weights of every format (those of sentence-transformers modules such as `2_Dense` excepted) and folders
+    that hold such weights (other models, training checkpoints), indices, optimiser and training state, logs, the model
+    card, hidden files, our own reports.
 
     Raises:
         RefusedError: a file links out of the directory.
@@ -48,6 +49,10 @@ def find_companions(directory: Path) -> tuple[Path, ...]:
     problems: list[str] = []
     for folder, subfolders, names in os.walk(directory):
         relative = Path(folder).relative_to(directory)
+        in_module = relative.as_posix() in module_folders
+        if relative.parts and not in_module and any(Path(name).suffix.lower() in WEIGHT_SUFFIXES for name in names):
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(
             name
             for name in subfolders
@@ -55,7 +60,6 @@ def find_companions(directory: Path) -> tuple[Path, ...]:
         )
         for name in sorted(names):
             path = relative / name
-            in_module = relative.as_posix() in module_folders
             if is_companion(path, in_module):
                 try:
                     if resolve_inside(directory, path.as_posix()).is_file():
@@ -82,7 +86,7 @@ def find_module_folders(directory: Path) -> frozenset[str]:
     if not path.is_file():
         return frozenset()
     try:
-        modules = load_json(resolve_inside(directory, "modules.json").read_bytes())
+        modules = load_json(resolve_inside(directory, "modules.json").read_bytes(), unique=False)
     except (OSError, ValueError) as error:
         if isinstance(error, RefusedError):
             raise
@@ -130,7 +134,7 @@ def copy_companions(checkpoint: Checkpoint, directory: Path, *, dtype: str | Non
 
 def rewrite_dtype(path: Path, dtype: str) -> str:
     """The text of a config.json whose dtype keys, at any depth, say `dtype`; one is added if the top has none."""
-    config = load_json(path.read_bytes())
+    config = load_json(path.read_bytes(), unique=False)
     if not isinstance(config, dict):
         raise RefusedError(f"{path} is not a JSON object")
     _replace_dtype(config, dtype)

@@ -1,6 +1,5 @@
 """What stands against merging several opened models with each other."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +8,10 @@ from rgsp_jax.checkpoint.guards import resolve_inside
 from rgsp_jax.checkpoint.hashing import hash_file
 from rgsp_jax.checkpoint.safetensors_header import cap
 from rgsp_jax.checkpoint.specs import Checkpoint
+from rgsp_jax.checkpoint.ties import OUTPUT_EMBEDDING
 
 CONFIG_KEYS = ("model_type", "architectures", "num_attention_heads", "num_key_value_heads")
 """Fields of config.json that change what tensors of equal names and shapes compute."""
-OUTPUT_EMBEDDING = re.compile(r"(^|[./])(lm_head|embed_out|output_projection|predictions\.decoder)\.weight$")
 Skip = Callable[[str], bool]
 
 

@@ -81,7 +81,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     if is_lfs_pointer(path):
         raise RefusedError(find_lfs_pointers(directory, [Path("config.json")]))
     try:
-        config = load_json(path.read_bytes())
+        config = load_json(path.read_bytes(), unique=False)
     except (OSError, ValueError) as error:
         raise RefusedError(f"{directory / 'config.json'} cannot be read: {error}") from None
     if not isinstance(config, dict):

@@ -9,7 +9,18 @@ from rgsp_jax.errors import RefusedError
 
 HUB_PREFIX = "hf://"
 LOCATION = re.compile(r"^hf://([\w.-]+/[\w.-]+|[\w.-]+)(?:@([\w./-]+))?$")
-COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.vocab", "*.spm", "LICENSE*"]
+COMPANIONS = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "*.tiktoken",
+    "*.vocab",
+    "*.spm",
+    "LICENSE*",
+    "[0-9]_*/*",
+]
 SAFETENSORS = ["*.safetensors"]
 TORCH = ["*.bin"]
 NEVER = ["onnx/*", "openvino/*", "coreml/*", "checkpoint-*/*", "optimizer*", "*.onnx", "*.h5", "*.msgpack", "*.gguf"]

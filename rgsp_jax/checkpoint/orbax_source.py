@@ -15,12 +15,15 @@ TRAINING_STATE = frozenset({"opt_state", "optimizer", "optimizer_state", "optim"
 MARKERS = ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint", "manifest.ocdbt")
 
 
+TreePath = tuple[str, ...]
+
+
 def is_orbax(directory: Path) -> bool:
     """Whether a directory carries one of Orbax's own files."""
     return any((directory / marker).exists() for marker in MARKERS)
 
 
-def walk_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def walk_tree(tree: Any, path: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
     """Leaves of nested dicts and lists with their paths; list positions appear as decimal strings."""
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
@@ -32,7 +35,7 @@ def walk_tree(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
         yield path, tree
 
 
-def map_tree(tree: Any, change: Any, path: tuple[str, ...] = ()) -> Any:
+def map_tree(tree: Any, change: Any, path: TreePath = ()) -> Any:
     """The same nested dicts and lists with every leaf replaced by `change(path, leaf)`."""
     if isinstance(tree, Mapping) and tree:
         return {key: map_tree(value, change, (*path, str(key))) for key, value in tree.items()}
@@ -44,6 +47,11 @@ def map_tree(tree: Any, change: Any, path: tuple[str, ...] = ()) -> Any:
 def is_array(leaf: object) -> bool:
     """Whether a metadata leaf describes an array; scalars, strings, None and empty nodes do not."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def was_jax_array(leaf: object) -> bool:
+    """Whether a metadata leaf describes an array that was saved as `jax.Array` rather than NumPy array."""
+    return hasattr(leaf, "sharding_metadata")
 
 
 class OrbaxCheckpoint(Checkpoint):
@@ -68,7 +76,7 @@ class OrbaxCheckpoint(Checkpoint):
         specs: dict[str, TensorSpec] = {}
         skipped: list[str] = []
         problems: list[str] = []
-        self._paths: dict[str, tuple[str, ...]] = {}
+        self._paths: dict[str, TreePath] = {}
         for keys, leaf in walk_tree(self.tree):
             name = "/".join(keys)
             if is_training_state(keys):
@@ -114,6 +122,12 @@ class OrbaxCheckpoint(Checkpoint):
             raise RefusedError(f"{self.path}: array {spec.name!r} is not what the checkpoint's metadata says")
         return np.asarray(array, order="C")
 
+    def load_rest(self) -> dict[TreePath, Any]:
+        """Values of the leaves that are no arrays (scalars, strings), training state excepted, by tree path."""
+        abstract = map_tree(self.tree, lambda path, leaf: ... if is_array(leaf) or is_training_state(path) else leaf)
+        leaves = walk_tree(self._orbax.load(self.path, abstract))
+        return {path: leaf for path, leaf in leaves if leaf is not ...}
+
     def close(self) -> None:
         with self._lock:
             self._kept = None
@@ -123,7 +137,7 @@ def _placeholder(leaf: Any) -> Any:
     return leaf if leaf is None or leaf == {} or leaf == [] else ...
 
 
-def is_training_state(keys: tuple[str, ...]) -> bool:
+def is_training_state(keys: TreePath) -> bool:
     """Whether a tree path lies in optimiser state or random keys of a training checkpoint."""
     return bool(keys) and keys[0] in TRAINING_STATE
 

@@ -62,10 +62,10 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def load_json(text: bytes) -> Any:
-    """Parse JSON from an untrusted file; ValueError whatever is wrong with it, duplicate keys included."""
+def load_json(text: bytes, *, unique: bool = True) -> Any:
+    """Parse JSON from an untrusted file; ValueError whatever is wrong with it, with `unique` also duplicate keys."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_object_without_duplicates if unique else None)
     except RecursionError:
         raise ValueError("nests too deeply") from None
 

@@ -78,14 +78,14 @@ def read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any]]:
 
 
 def resolve_shards(directory: Path, index_path: Path, weight_map: Mapping[str, str]) -> dict[str, Path]:
-    """File name -> real path of every shard that the index names, in index order.
+    """File name -> real path of every shard that the index names, in order of their numbered names.
 
     Raises:
         RefusedError: naming every shard that is absent, leaves the directory or is a Git LFS pointer.
     """
     shards: dict[str, Path] = {}
     problems: list[str] = []
-    for shard in dict.fromkeys(weight_map.values()):
+    for shard in sorted(set(weight_map.values())):  # the map itself is sorted by tensor, which scatters layers
         try:
             real = resolve_inside(directory, shard)
         except RefusedError as error:
@@ -126,7 +126,7 @@ def check_against_index(
 
 
 def open_sharded(directory: Path, index_path: Path) -> tuple[list[Header], Mapping[str, Any]]:
-    """Headers of all shards in index order, and the index's metadata; RefusedError with every disagreement."""
+    """Headers of all shards in order of their names, and the index's metadata; RefusedError with every disagreement."""
     weight_map, metadata = read_index(resolve_inside(directory, index_path.name))
     headers: list[Header] = []
     problems: list[str] = []

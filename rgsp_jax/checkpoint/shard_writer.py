@@ -162,13 +162,14 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        # Some network and FUSE file systems cannot reserve; the size is then only announced.
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(descriptor, size)
+    """Give a file its size, and its blocks where the system and the file system can reserve them."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    os.ftruncate(descriptor, size)
 
 
 def _make_file(path: Path, shard: Shard) -> None:

@@ -18,6 +18,7 @@ from rgsp_jax.checkpoint.orbax_source import OrbaxCheckpoint, is_beside, is_orba
 from rgsp_jax.checkpoint.safetensors_header import read_header
 from rgsp_jax.checkpoint.safetensors_source import SafetensorsCheckpoint, open_sharded
 from rgsp_jax.checkpoint.specs import Checkpoint
+from rgsp_jax.checkpoint.ties import find_ties
 from rgsp_jax.checkpoint.torch_source import TorchCheckpoint, open_torch_shards
 from rgsp_jax.errors import RefusedError
 
@@ -26,7 +27,7 @@ NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "adapter_
 
 
 def open_checkpoint(location: str | Path) -> Checkpoint:
-    """Open a model by its headers; no element is read.
+    """Open a model by its headers; elements are read only to see whether embeddings stored twice are tied.
 
     Args:
         location: a Hugging Face directory (safetensors, sharded or not, preferred to PyTorch files), a lone
@@ -53,6 +54,7 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
     if problems:
         checkpoint.close()
         raise RefusedError(problems)
+    checkpoint.add_aliases(find_ties(checkpoint))
     return checkpoint
 
 

@@ -86,9 +86,9 @@ class Checkpoint(ABC):
     Attributes:
         path: directory or file as given, resolved.
         format: `safetensors`, `torch` or `orbax`.
-        specs: every key on disk, aliases included, in disk order (shards in index order, by offset within a file).
-        aliases: key -> the earlier key whose elements it shares (tied weights). Merge `specs` without `aliases`;
-            write an alias as its owner's result or leave it out, as its directory's format wants.
+        specs: every key on disk, aliases included, in disk order (shards by name, by offset within a file).
+        aliases: key -> the key whose elements it shares: one storage in PyTorch files, tied embeddings stored twice
+            elsewhere. Merge `specs` without `aliases`; write an alias as a copy of its owner's result, or not at all.
         weight_files: the files that hold the elements, absolute.
         companions: relative paths of what belongs to the model besides weights; empty for a lone file.
         config: the parsed `config.json`, or None.
@@ -151,6 +151,10 @@ class Checkpoint(ABC):
     def nbytes(self) -> int:
         """Bytes of all tensors, aliases counted once."""
         return sum(spec.nbytes for name, spec in self.specs.items() if name not in self.aliases)
+
+    def add_aliases(self, aliases: Mapping[str, str]) -> None:
+        """Record further tied names, found after opening."""
+        self.aliases = MappingProxyType({**self.aliases, **aliases})
 
     @abstractmethod
     def _fill(self, spec: TensorSpec, out: np.ndarray, start: int) -> None:
