@@ -1,0 +1,1 @@
+"""Merge fine-tuned models from their weights alone: pure, jitted, differentiable JAX kernels."""

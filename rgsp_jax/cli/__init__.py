@@ -1,0 +1,46 @@
+"""The command line: arguments in, tables out; the work is the pipeline's."""
+
+import sys
+
+import click
+
+from rgsp_jax.errors import RefusedError
+from rgsp_jax.version import __version__
+
+REFUSED, INTERRUPTED = 2, 130
+
+
+class LazyCommands(click.Group):
+    """Commands imported when they are asked for, so that `--help` does not wait for JAX."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["demo", "merge", "methods"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        from importlib import import_module
+
+        return getattr(import_module(f"rgsp_jax.cli.{cmd_name}"), cmd_name)
+
+
+@click.group(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rgsp")
+def cli() -> None:
+    """Merge fine-tuned models from their weights alone."""
+
+
+def main() -> None:
+    """Entry point: a refusal is one sentence per problem and exit code 2, Ctrl-C is exit code 130."""
+    try:
+        cli(standalone_mode=False)
+    except RefusedError as error:
+        for problem in error.problems:
+            click.echo(f"error: {problem}", err=True)
+        sys.exit(REFUSED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,20 @@
+"""The impure shell: plan, read, compute, write, audit, report."""
+
+from rgsp_jax.pipeline.config import MergeConfig, Override, parse_config, read_config_file
+from rgsp_jax.pipeline.describe import describe_plan
+from rgsp_jax.pipeline.merge import MergeResult, Preparation, merge_checkpoints, prepare
+from rgsp_jax.pipeline.plan import MergePlan, plan_merge
+
+__all__ = [
+    "MergeConfig",
+    "MergePlan",
+    "MergeResult",
+    "Override",
+    "Preparation",
+    "describe_plan",
+    "merge_checkpoints",
+    "parse_config",
+    "plan_merge",
+    "prepare",
+    "read_config_file",
+]

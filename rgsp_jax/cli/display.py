@@ -1,0 +1,95 @@
+"""Progress and tables on a terminal."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from rgsp_jax.checkpoint import format_bytes
+from rgsp_jax.pipeline import MergeResult
+from rgsp_jax.pipeline.merge import Progress as OnProgress
+
+STAGES = {"merge": "merging", "audit": "checking"}
+
+
+@contextmanager
+def progress_bars() -> Iterator[OnProgress | None]:
+    """Bars for each stage on stderr: bytes, tensors, speed and time left; None where nobody watches."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:9}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[tensors]} tensors"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[name]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+        seen: dict[str, set[str]] = {}
+
+        def advance(stage: str, done: int, total: int, names: tuple[str, ...]) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(STAGES[stage], total=total, tensors=0, name="")
+                seen[stage] = set()
+            seen[stage].update(names)
+            last = names[-1] if names else ""
+            bars.update(tasks[stage], advance=done, tensors=len(seen[stage]), name=last)
+
+        yield advance
+
+
+def show_plan(description: Mapping[str, Any]) -> None:
+    """What a merge would do."""
+    console = Console()
+    models = ", ".join(description["models"])
+    console.print(f"[bold]{description['method']}[/] of {models}", highlight=False)
+    table = Table("rule", "method", "tensors", "parameters", title="Tensors by rule", title_justify="left")
+    for row in description["rules"]:
+        table.add_row(row["rule"], row["method"], str(row["tensors"]), f"{row['parameters']:,}")
+    console.print(table)
+    table = Table("method", "shape", "dtypes", "tensors", "items", title="Groups of equal work", title_justify="left")
+    for row in description["groups"]:
+        shape = "x".join(map(str, row["matrix"])) if row["matrix"] else "any"
+        table.add_row(row["method"], shape, row["dtypes"], str(row["tensors"]), str(row["items"]))
+    console.print(table)
+    console.print(
+        f"reads {format_bytes(description['bytes_in'])}, writes {format_bytes(description['bytes_out'])}"
+        f" in {description['shards']} file(s), {description['flops']:.2g} FLOPs, peak memory"
+        f" {format_bytes(description['peak_memory'])} above the process, roughly {description['seconds']:.0f} s here",
+        highlight=False,
+    )
+
+
+def show_result(result: MergeResult) -> None:
+    """Where the merge is and what to look at."""
+    console = Console()
+    counts = ", ".join(f"{count} {rule}" for rule, count in result.counts_by_rule.items())
+    console.print(f"merged {result.tensors} tensors by [bold]{result.method}[/] ({counts})", highlight=False)
+    for warning in result.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    for flag, count in result.flag_counts.items():
+        console.print(f"[yellow]warning:[/] {flag} on {count} tensor(s), see the report", highlight=False)
+    rate = (result.bytes_in + result.bytes_out) / max(result.seconds, 1e-9)
+    console.print(
+        f"{format_bytes(result.bytes_in)} read, {format_bytes(result.bytes_out)} written"
+        f" in {result.seconds:.1f} s ({format_bytes(rate)}/s)",
+        highlight=False,
+    )
+    console.print(f"model  {result.out}\nreport {result.out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,176 @@
+"""What a merge method is: a function of one stack of matrices, and everything a caller must know before calling it."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal, get_type_hints
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rgsp_jax.types import MergeOutput
+
+MergeFn = Callable[..., MergeOutput]
+"""`fn(stack [K, m, n], **hyperparameters) -> MergeOutput(merged [m, n], stats)`, pure and differentiable."""
+
+
+def compute_dtype(*dtypes: Any) -> Any:
+    """float64 where one is float64, float32 for smaller floats; ValueError for anything else."""
+    for dtype in dtypes:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"weights must be real floating point, not {jnp.dtype(dtype).name}")
+    return jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """What a hyperparameter means and which values it takes; annotated on the method's own argument.
+
+    `static` ones shape the computation and cost a compilation each; the others are traced and may be vmapped.
+    """
+
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    exclusive_low: bool = False
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    static: bool = False
+    integer: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` is not allowed, or None where it is. Arrays pass: they are checked by what they are used for."""
+        if isinstance(value, str):
+            return None if value in self.choices else self.expected()
+        if value is None:
+            return None if self.optional else self.expected()
+        if isinstance(value, bool):
+            return None if self.choices == ("true", "false") else self.expected()
+        if isinstance(value, (int, float)):
+            if self.choices == ("true", "false") or (self.choices and not self.numeric):
+                return self.expected()
+            low = value > self.low if self.exclusive_low else value >= self.low
+            whole = not self.integer or (isinstance(value, int) or 0 < value < 1)
+            return None if low and value <= self.high and math.isfinite(value) and whole else self.expected()
+        return None
+
+    @property
+    def numeric(self) -> bool:
+        return math.isfinite(self.low) or math.isfinite(self.high) or not self.choices
+
+    def expected(self) -> str:
+        """The allowed values in words."""
+        parts = []
+        if self.integer:
+            parts.append("a positive integer or a fraction between 0 and 1")
+        elif self.numeric:
+            low = f"{'more than' if self.exclusive_low else 'at least'} {self.low:g}" if math.isfinite(self.low) else ""
+            high = f"at most {self.high:g}" if math.isfinite(self.high) else ""
+            parts.append(" ".join(["a number", *filter(None, [low, "and" if low and high else "", high])]))
+        parts += [repr(c) if self.choices != ("true", "false") else c for c in self.choices]
+        if self.optional:
+            parts.append("null")
+        return " or ".join(parts)
+
+
+Rank = Annotated[
+    int | float,
+    Hyperparameter(
+        "leading singular directions kept: an integer, or a fraction of min(m, n)",
+        low=0,
+        exclusive_low=True,
+        static=True,
+        integer=True,
+    ),
+]
+ActiveRank = Annotated[
+    Any,
+    Hyperparameter("run-time rank of at most `rank`: one SVD serves every smaller rank", low=1, optional=True),
+]
+
+
+def switch(help: str) -> Hyperparameter:
+    """A static true/false hyperparameter."""
+    return Hyperparameter(help, choices=("true", "false"), static=True)
+
+
+def choice(help: str, *choices: str) -> Hyperparameter:
+    """A static hyperparameter that takes one of a few names."""
+    return Hyperparameter(help, choices=choices, static=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method by name, with what it needs and what it promises.
+
+    Call it as `method(stack [K, m, n], **hyperparameters) -> MergeOutput`: computed in float32 (float64 for float64
+    input), returned in the stack's dtype. `fn` is the bare function, which computes in the dtype it is given.
+    """
+
+    name: str
+    fn: MergeFn
+    summary: str
+    models: tuple[int, int | None] = (2, None)
+    """Least and most models it takes; None is no limit."""
+    needs: frozenset[str] = frozenset()
+    """Of "base", "covariances", "key": what must be passed beside the stack."""
+    scope: Literal["matrices", "tensors"] = "matrices"
+    """"matrices" merges 2-D views and leaves vectors and embeddings to the average; "tensors" takes everything."""
+    elementwise: bool = False
+    """Each merged entry depends on that entry alone, so any slice may be merged apart from the rest."""
+    order_invariant: bool = False
+    keeps_copies: bool = True
+    """K equal copies return the copy."""
+    scale_equivariant: bool = False
+    """Scaling every model by c scales the merge by c."""
+
+    def __call__(self, stack: Float[Array, "k m n"], **hyperparameters: Any) -> MergeOutput:
+        self.check_count(stack.shape[0])
+        output = self.fn(stack.astype(compute_dtype(stack.dtype)), **hyperparameters)
+        return output._replace(merged=output.merged.astype(stack.dtype))
+
+    @cached_property
+    def hyperparameters(self) -> Mapping[str, Hyperparameter]:
+        """Name -> description, read from the function's own annotations."""
+        hints = get_type_hints(self.fn, include_extras=True)
+        notes = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+        return {name: note[0] for name, note in notes.items() if note and isinstance(note[0], Hyperparameter)}
+
+    @cached_property
+    def defaults(self) -> Mapping[str, Any]:
+        """Name -> default, read from the function's own signature."""
+        parameters = inspect.signature(self.fn).parameters
+        return {name: parameters[name].default for name in self.hyperparameters}
+
+    @property
+    def static(self) -> frozenset[str]:
+        return frozenset(name for name, h in self.hyperparameters.items() if h.static)
+
+    def check_count(self, count: int) -> None:
+        """Raise ValueError where the method does not take `count` models."""
+        if problem := self.count_problem(count):
+            raise ValueError(problem)
+
+    def count_problem(self, count: int) -> str | None:
+        low, high = self.models
+        if low <= count and (high is None or count <= high):
+            return None
+        wanted = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+        return f"method {self.name!r} takes {wanted} models, not {count}"
+
+    def problems(self, hyperparameters: Mapping[str, Any]) -> list[str]:
+        """One sentence for each unknown hyperparameter and each value out of range."""
+        known = self.hyperparameters
+        unknown = [
+            f"method {self.name!r} has no hyperparameter {name!r}; it takes {', '.join(known) or 'none'}"
+            for name in hyperparameters
+            if name not in known
+        ]
+        wrong = [
+            f"{name} of method {self.name!r} must be {expected}, not {value!r}"
+            for name, value in hyperparameters.items()
+            if name in known and (expected := known[name].problem(value))
+        ]
+        return unknown + wrong

@@ -1,0 +1,60 @@
+"""The record of finished work beside an unfinished output, so that a killed merge goes on where it stopped."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rgsp_jax.errors import RefusedError
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """Append-only JSON lines: a fingerprint of the merge first, then one entry per finished item.
+
+    An entry is one `write` call, so that a killed process leaves whole lines and at most one torn last line, which is
+    dropped. Nothing is fsynced here: entries carry digests, and a resumed merge believes only data that match them.
+    """
+
+    def __init__(self, directory: Path, fingerprint: str):
+        self.path = directory / NAME
+        self.entries: dict[int, Mapping[str, Any]] = {}
+        kept = self._read(fingerprint) if self.path.exists() else b""
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.ftruncate(self._descriptor, len(kept))
+        os.lseek(self._descriptor, 0, os.SEEK_END)
+        if not kept:
+            self._append({"fingerprint": fingerprint})
+
+    def _read(self, fingerprint: str) -> bytes:
+        """Load the whole lines; return their bytes."""
+        text = self.path.read_bytes()
+        kept = text[: text.rfind(b"\n") + 1]
+        lines = [json.loads(line) for line in kept.splitlines()]
+        if lines and lines[0].get("fingerprint") != fingerprint:
+            raise RefusedError(
+                f"{self.path.parent} was begun with other settings or other model files, so it cannot be resumed:"
+                " delete it, or repeat the command that began it"
+            )
+        self.entries = {line["item"]: line for line in lines[1:]}
+        return kept
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        data = json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+    def record(self, item: int, records: list[dict[str, Any]]) -> None:
+        """Note that an item's data are written; `records` holds one entry per piece."""
+        entry = {"item": item, "records": records}
+        self._append(entry)
+        self.entries[item] = entry
+
+    def forget(self, item: int) -> None:
+        """Take an item as not done: its data are not what the journal says."""
+        self.entries.pop(item, None)
+
+    def close(self) -> None:
+        os.close(self._descriptor)

@@ -1,0 +1,108 @@
+"""The compiled side of the pipeline: one work item in, merged weights and what the report needs out."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from rgsp_jax.batching import map_batch
+from rgsp_jax.method import Method, compute_dtype
+from rgsp_jax.pipeline.plan import Group
+from rgsp_jax.registry import methods
+
+
+class ItemOutput(NamedTuple):
+    """Results of one item; `b` counts its matrix slots or blocks, `k` the models."""
+
+    merged: Array
+    """[b, m, n], in the output dtype."""
+    stats: dict[str, Array]
+    """[b, ...] each."""
+    change: Array
+    """[b, k] squared Frobenius distances of the merge from each model."""
+    size: Array
+    """[b, k] squared Frobenius norms of the models."""
+    finite_in: Array
+    """[b, sources] False where a source holds an infinity or a NaN."""
+    finite_out: Array
+    """[b]."""
+
+
+def split_static(
+    method: Method, hyperparameters: Mapping[str, Any]
+) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
+    """(static, traced): what is compiled in, and what is passed at run time."""
+    fixed = {
+        name: value
+        for name, value in hyperparameters.items()
+        if name in method.static or isinstance(value, (str, bool)) or value is None
+    }
+    traced = {name: np.asarray(v, np.float32) for name, v in hyperparameters.items() if name not in fixed}
+    return tuple(sorted(fixed.items())), traced
+
+
+def run_item(group: Group, sources: tuple[Array, ...], salts: Array, seed: int, with_base: bool) -> ItemOutput:
+    """Merge one item on the device.
+
+    Args:
+        group: what to do.
+        sources: of every model (the base last, where `with_base`) [b, m, n] or [b, block], dtypes as on disk.
+        salts: [b, 2] unsigned integers that name each slot, for methods that need a random key.
+        seed: of the run.
+        with_base: the last source is the common ancestor.
+    """
+    method = methods[group.method]
+    static, traced = split_static(method, group.hyperparameters)
+    if "active_rank" in traced:
+        traced["active_rank"] = traced["active_rank"].astype(np.int32)
+    return compile_item(group.action, group.method, static, group.out_dtype, with_base)(
+        sources, traced, salts, np.uint32(seed)
+    )
+
+
+@functools.cache
+def compile_item(
+    action: str, name: str, static: tuple[tuple[str, Any], ...], out_dtype: np.dtype, with_base: bool
+) -> Any:
+    """The jitted kernel of one method with its static hyperparameters; shapes and dtypes retrace it."""
+    method = methods[name]
+
+    def merge_one(sources: tuple[Array, ...], salt: Array, traced: dict[str, Array], seed: Array) -> ItemOutput:
+        dtype = compute_dtype(*(x.dtype for x in sources))
+        count = len(sources) - with_base
+        stack = jnp.stack([x.astype(dtype) for x in sources[:count]])
+        needed = {"key": slot_key(seed, salt)} if "key" in method.needs else {}
+        if with_base and "base" in method.needs:
+            needed["base"] = sources[-1].astype(dtype)
+        parameters = {k: v if jnp.issubdtype(v.dtype, jnp.integer) else v.astype(dtype) for k, v in traced.items()}
+        output = method.fn(stack, **dict(static), **parameters, **needed)
+        merged = output.merged.astype(out_dtype)
+        axes = tuple(range(1, stack.ndim))
+        difference = merged.astype(dtype)[None] - stack
+        return ItemOutput(
+            merged,
+            output.stats,
+            jnp.sum(difference**2, axes),
+            jnp.sum(stack**2, axes),
+            jnp.stack([jnp.isfinite(x).all() for x in sources]),
+            jnp.isfinite(merged).all(),
+        )
+
+    def merge_matrices(sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array) -> ItemOutput:
+        return map_batch(lambda x, salt: merge_one(x, salt, traced, seed), sources, salts)
+
+    def merge_elements(sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array) -> ItemOutput:
+        rows = tuple(x[:, None, :] for x in sources)
+        output = jax.vmap(lambda x, salt: merge_one(x, salt, traced, seed))(rows, salts)
+        return output._replace(merged=output.merged[:, 0])
+
+    return jax.jit(merge_elements if action == "elements" else merge_matrices)
+
+
+def slot_key(seed: Array, salt: Array) -> Array:
+    """The random key of one slot: the same whatever item or device it is merged on."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), salt[0]), salt[1])

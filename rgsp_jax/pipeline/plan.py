@@ -1,0 +1,310 @@
+"""What a merge will do, decided from headers alone: tensors by rule, groups of equal work, items under the budget."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from rgsp_jax.checkpoint import TensorSpec, format_bytes
+from rgsp_jax.linalg import resolve_rank
+from rgsp_jax.method import Method
+from rgsp_jax.pipeline.config import MergeConfig, matcher
+from rgsp_jax.registry import methods
+from rgsp_jax.rules import MatrixView, classify, flatten_view
+
+BLOCK = 1024
+"""Elements summed to one number on the device; a tensor starts on a block of its own."""
+ITEM_ELEMENTS = 4 * 1024 * 1024
+"""Elements of each model in one work item, where single matrices are not larger: enough to hide the overheads."""
+IN_FLIGHT = 3
+"""Items in memory at once: one being read, one computed, one written."""
+
+Action = Literal["matrices", "elements", "copy"]
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """What happens to one tensor of the output."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    """matrix, vector, embedding, buffer or excluded."""
+    action: Action
+    method: str
+    hyperparameters: Mapping[str, Any]
+    in_dtypes: tuple[np.dtype, ...]
+    """On disk, of every model read (the base last)."""
+    out_dtype: np.dtype
+    view: MatrixView | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that one compiled kernel serves."""
+
+    action: Action
+    method: str
+    hyperparameters: Mapping[str, Any]
+    matrix: tuple[int, int]
+    """(m, n); (0, 0) where shapes do not matter."""
+    in_dtypes: tuple[np.dtype, ...]
+    out_dtype: np.dtype
+
+    @property
+    def key(self) -> str:
+        """Text that tells groups apart."""
+        names = [d.name for d in (*self.in_dtypes, self.out_dtype)]
+        return json.dumps([self.action, self.method, dict(self.hyperparameters), self.matrix, names], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Flat elements [start, start + size) of a tensor, and where they lie in the item: a matrix slot or a block."""
+
+    name: str
+    start: int
+    size: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """The unit of reading, computing, writing and resuming."""
+
+    index: int
+    group: Group
+    pieces: tuple[Piece, ...]
+    capacity: int
+    """Matrix slots or blocks of the kernel; the last item of a group may leave some empty."""
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(p.size for p in self.pieces) * sum(d.itemsize for d in self.group.in_dtypes)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(p.size for p in self.pieces) * self.group.out_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything decided before a byte of weights is read."""
+
+    tasks: Mapping[str, TensorTask]
+    """By name, in the first model's disk order."""
+    items: tuple[WorkItem, ...]
+    groups: tuple[Group, ...]
+    peak_memory: int
+    """Bytes above the process's size after import."""
+    flops: float
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Of the output."""
+        return {t.name: TensorSpec(t.name, t.shape, t.out_dtype) for t in self.tasks.values()}
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(item.bytes_in for item in self.items)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(item.bytes_out for item in self.items)
+
+
+def plan_merge(
+    config: MergeConfig,
+    specs: Sequence[Mapping[str, TensorSpec]],
+    *,
+    names: Sequence[str] | None = None,
+    model_type: str | None = None,
+) -> MergePlan:
+    """Plan the merge of models with these headers; pure.
+
+    Args:
+        config: validated settings.
+        specs: headers of every model in order, the base (where the config has one) last.
+        names: tensors of the output in order; None is all of the first model.
+        model_type: of the models' architecture, where known.
+
+    Returns:
+        The plan; `problems` lists what the settings make impossible (too little memory, a value no tensor allows).
+    """
+    tasks = {
+        name: plan_tensor(config, name, [s[name] for s in specs if name in s], model_type)
+        for name in (specs[0] if names is None else names)
+    }
+    members: dict[str, tuple[Group, list[TensorTask]]] = {}
+    for task in tasks.values():
+        group = group_of(task)
+        members.setdefault(group.key, (group, []))[1].append(task)
+    items: list[WorkItem] = []
+    problems = find_hyperparameter_problems(tasks.values())
+    peak = 0
+    for group, tensors in members.values():
+        capacity, memory = size_item(group, tensors, config.memory)
+        if memory > config.memory:
+            problems.append(
+                f"--memory {format_bytes(config.memory)} is too little: {tensors[0].name} {list(tensors[0].shape)} by"
+                f" {group.method} needs {format_bytes(memory)}"
+            )
+        peak = max(peak, memory)
+        items += make_items(group, tensors, capacity, len(items))
+    groups = tuple(group for group, _ in members.values())
+    flops = sum(estimate_flops(t) for t in tasks.values())
+    return MergePlan(tasks, tuple(items), groups, peak, flops, tuple(problems))
+
+
+def plan_tensor(config: MergeConfig, name: str, specs: Sequence[TensorSpec], model_type: str | None) -> TensorTask:
+    """The rule, method and dtypes of one tensor."""
+    first = specs[0]
+    rule = classify(name, first.shape, first.dtype, model_type=model_type)
+    method, hyperparameters = settings_for(config, name)
+    floating = first.kind == "float"
+    out_dtype = np.dtype(getattr(ml_dtypes, config.dtype, config.dtype)) if config.dtype and floating else first.dtype
+
+    def task(
+        kind: str, action: Action, method: str, settings: Mapping[str, Any], view: MatrixView | None
+    ) -> TensorTask:
+        read = specs[:1] if action == "copy" else specs
+        dtypes = tuple(s.dtype for s in read)
+        return TensorTask(name, first.shape, kind, action, method, settings, dtypes, out_dtype, view)
+
+    if not is_merged(config, name):
+        return task("excluded", "copy", "copy", {}, None)
+    if rule.kind == "buffer" or first.size == 0:
+        return task(rule.kind, "copy", "copy", {}, None)
+    if rule.kind != "matrix" and method.scope == "matrices":
+        return task(rule.kind, "elements", "average", {}, None)
+    if method.elementwise:
+        return task(rule.kind, "elements", method.name, hyperparameters, None)
+    view = rule.view if method.scope == "matrices" else flatten_view(first.shape)
+    return task(rule.kind, "matrices", method.name, hyperparameters, view)
+
+
+def is_merged(config: MergeConfig, name: str) -> bool:
+    """False for tensors that stay as they are in the first model."""
+    included = not config.include or any(matcher(p).search(name) for p in config.include)
+    return included and not any(matcher(p).search(name) for p in config.exclude)
+
+
+def settings_for(config: MergeConfig, name: str) -> tuple[Method, dict[str, Any]]:
+    """Method and hyperparameters of a tensor: the config's, changed by the last override that matches."""
+    method, hyperparameters = config.resolved_method(), dict(config.hyperparameters)
+    for override in reversed(config.overrides):
+        if matcher(override.pattern).search(name):
+            if override.method and override.method != method.name:
+                return methods[override.method], dict(override.hyperparameters)
+            return method, hyperparameters | override.hyperparameters
+    return method, hyperparameters
+
+
+def group_of(task: TensorTask) -> Group:
+    """What one kernel can serve together with this tensor."""
+    matrix = task.view.matrices[1:] if task.action == "matrices" and task.view else (0, 0)
+    return Group(task.action, task.method, task.hyperparameters, matrix, task.in_dtypes, task.out_dtype)
+
+
+def size_item(group: Group, tensors: Sequence[TensorTask], memory: int) -> tuple[int, int]:
+    """(matrix slots or blocks in one item, bytes the merge takes with such items)."""
+    per_element = sum(d.itemsize for d in group.in_dtypes) + group.out_dtype.itemsize
+    if group.action != "matrices":
+        blocks = sum(-(-t.size // BLOCK) for t in tensors)
+        afford = memory // (IN_FLIGHT * BLOCK * per_element)
+        capacity = max(1, min(blocks, ITEM_ELEMENTS // BLOCK, afford))
+        return capacity, IN_FLIGHT * capacity * BLOCK * per_element
+    m, n = group.matrix
+    workspace = matrix_workspace(group)
+    slots = sum(t.view.matrices[0] for t in tensors if t.view)
+    afford = (memory - workspace) // (IN_FLIGHT * m * n * per_element)
+    most = max(1, min(slots, ITEM_ELEMENTS // (m * n), afford))
+    capacity = -(-slots // -(-slots // most))  # even items, so that padding is least
+    return capacity, IN_FLIGHT * capacity * m * n * per_element + workspace
+
+
+def matrix_workspace(group: Group) -> int:
+    """Bytes one matrix takes on the device while it is merged: its float32 stack and the factors of every model."""
+    m, n = group.matrix
+    itemsize = max(4, *(d.itemsize for d in group.in_dtypes))
+    count = len(group.in_dtypes)
+    if "rank" not in methods[group.method].hyperparameters:
+        return (count + 2) * m * n * itemsize
+    r = rank_of(group.method, group.hyperparameters, m, n)
+    factors = count * (m + n) * min(4 * r + 40, min(m, n)) * 3 + 12 * r * r + 3 * min(m, n) ** 2
+    return ((2 * count + 4) * m * n + factors) * itemsize
+
+
+def rank_of(method: str, hyperparameters: Mapping[str, Any], m: int, n: int) -> int:
+    """The rank a method uses on an m x n matrix."""
+    return resolve_rank(hyperparameters.get("rank", methods[method].defaults["rank"]), m, n)
+
+
+def make_items(group: Group, tensors: Sequence[TensorTask], capacity: int, first_index: int) -> list[WorkItem]:
+    """Pack the group's tensors into items in order."""
+    pieces = list(cut_matrices(tensors) if group.action == "matrices" else cut_elements(tensors, capacity))
+    slots: defaultdict[int, list[Piece]] = defaultdict(list)
+    for position, piece in pieces:
+        slots[position // capacity].append(Piece(piece.name, piece.start, piece.size, position % capacity))
+    return [WorkItem(first_index + i, group, tuple(chunk), capacity) for i, chunk in enumerate(slots.values())]
+
+
+def cut_matrices(tensors: Sequence[TensorTask]) -> Any:
+    """(running slot, piece) of every matrix: a tensor of stacked experts gives one piece for each."""
+    position = 0
+    for task in tensors:
+        batch = task.view.matrices[0] if task.view else 1
+        size = task.size // batch
+        for i in range(batch):
+            yield position, Piece(task.name, i * size, size, 0)
+            position += 1
+
+
+def cut_elements(tensors: Sequence[TensorTask], capacity: int) -> Any:
+    """(running block, piece): tensors start on a block of their own and are cut where an item ends."""
+    position = 0
+    for task in tensors:
+        start = 0
+        while True:
+            room = (capacity - position % capacity) * BLOCK
+            size = min(task.size - start, room)
+            yield position, Piece(task.name, start, size, 0)
+            start += size
+            position += max(1, -(-size // BLOCK))
+            if start >= task.size:
+                break
+
+
+def estimate_flops(task: TensorTask) -> float:
+    """Floating-point operations of one tensor, to the leading order."""
+    count = len(task.in_dtypes)
+    if task.action != "matrices" or task.view is None or "rank" not in methods[task.method].hyperparameters:
+        return 0.0 if task.action == "copy" else 4.0 * count * task.size
+    batch, m, n = task.view.matrices
+    r = rank_of(task.method, task.hyperparameters, m, n)
+    small, steps = min(m, n), min(3 * r + 20, min(m, n))
+    svd = min(2 * m * n * small + 9 * small**3, 4 * m * n * steps + 4 * (m + n) * steps**2)
+    return float(batch * (count * svd + 2 * m * n * r * count + 2 * (m + n) * (count * r) ** 2 + 2000 * r**3))
+
+
+def find_hyperparameter_problems(tasks: Any) -> list[str]:
+    """Values that no tensor's shape allows; each named once."""
+    problems = []
+    for task in tasks:
+        if task.action != "matrices" or "rank" not in task.hyperparameters or task.view is None:
+            continue
+        try:
+            rank_of(task.method, task.hyperparameters, *task.view.matrices[1:])
+        except ValueError as error:
+            problems.append(f"{task.name}: {error}")
+    return problems[:1]

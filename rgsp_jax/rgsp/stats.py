@@ -1,0 +1,28 @@
+"""What every method built on truncated SVDs reports of them."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from rgsp_jax.linalg import subspace_overlap
+from rgsp_jax.types import TruncatedSVD
+
+SVD_TOLERANCE = 1e-3
+"""Residual relative to s_1 past which a decomposition is flagged; bf16 storage alone costs 1e-2 in angle."""
+
+
+def svd_stats(svds: Sequence[TruncatedSVD], active_rank: Array | int | None) -> dict[str, Array]:
+    """Residuals [K], a flag where one is too large, and the K x K overlap of the subspaces.
+
+    The overlap of i and j is the mean of |U_i^T U_j|_F^2 / r and |V_i^T V_j|_F^2 / r: 1 where they coincide.
+    """
+    residual = jnp.stack([d.residual for d in svds])
+    rank = svds[0].s.shape[0] if active_rank is None else active_rank
+    overlap = jnp.stack(
+        [
+            jnp.stack([(subspace_overlap(i.u, j.u, rank) + subspace_overlap(i.v, j.v, rank)) / 2 for j in svds])
+            for i in svds
+        ]
+    )
+    return {"residual": residual, "svd_inexact": ~(residual.max() <= SVD_TOLERANCE), "subspace_overlap": overlap}
