@@ -25,7 +25,7 @@ SKIPPED_NAMES = re.compile(
 SKIPPED_FOLDERS = re.compile(
     r"(?i)^(checkpoint-\d+|global_step\d+|runs|logs|wandb|onnx|openvino|coreml|__pycache__|figures|assets|images)$"
 )
-OWN_FILES = frozenset({"report.jsonl", "report.html", "merge.yaml", "rgsp.yaml"})
+OWN_FILES = frozenset({"report.jsonl", "report.html", "merge_config.yaml", "merge_summary.json"})
 """Names under which a merge reports on itself; never copied from a parent that is itself a merge."""
 MAX_DEPTH = 4
 
