@@ -75,7 +75,7 @@ def merge(
     stats: dict[str, dict[str, Array]] = {}
     groups = defaultdict(list)
     for i, ((action, view), column) in enumerate(zip(rules, columns, strict=True)):
-        if action == "method":
+        if view is not None:
             groups[view.matrices[1:], column[0].dtype].append(i)
         elif action == "average":
             merged[i] = average_leaf(column)
@@ -83,7 +83,8 @@ def merge(
             merged[i] = column[0]
             stats[names[i]] = {"buffer_differs": jnp.stack([jnp.any(x != column[0]) for x in column]).any()}
     for members in groups.values():
-        outputs = merge_group(chosen, [columns[i] for i in members], [rules[i][1] for i in members], hyperparameters)
+        views = [view for view in (rules[i][1] for i in members) if view is not None]
+        outputs = merge_group(chosen, [columns[i] for i in members], views, hyperparameters)
         for i, (leaf, leaf_stats) in zip(members, outputs, strict=True):
             merged[i], stats[names[i]] = leaf, leaf_stats
     done = {"method": chosen.name, "average": "average", "copy": "copy"}

@@ -45,7 +45,8 @@ def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str
     if models:
         fields["models"] = models
     hyperparameters = dict(fields.get("hyperparameters") or {})
-    hyperparameters |= {n: yaml.safe_load(flags[n]) for n in ("rank", "scale", "beta", "epsilon") if flags[n] is not None}
+    named = ("rank", "scale", "beta", "epsilon")
+    hyperparameters |= dict(parse_assignment(f"{n}={flags[n]}", f"--{n}") for n in named if flags[n] is not None)
     hyperparameters |= dict(parse_assignment(text, "--set") for text in flags["set"])
     if hyperparameters:
         fields["hyperparameters"] = hyperparameters
@@ -72,7 +73,10 @@ def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str
 @click.option("--include", multiple=True, metavar="PATTERN", help="Merge these tensors only (glob, or re:REGEX).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these as in the first model.")
 @click.option(
-    "--override", multiple=True, metavar="'PATTERN NAME=VALUE...'", help="Other settings (method=... too) for some tensors."
+    "--override",
+    multiple=True,
+    metavar="'PATTERN NAME=VALUE...'",
+    help="Other settings (method=... too) for some tensors.",
 )
 @click.option("--config", "-c", help="The same as a YAML file; a mergekit YAML is read where both have the method.")
 @click.option("--dtype", help="float32, float16, bfloat16 or float64. Default: as in the first model.")
@@ -83,7 +87,13 @@ def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str
 @click.option("--resume", is_flag=True, help="Finish an interrupted merge.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def merge(
-    models: tuple[str, ...], out: Path | None, config: str | None, plan_only: bool, resume: bool, as_json: bool, **flags: Any
+    models: tuple[str, ...],
+    out: Path | None,
+    config: str | None,
+    plan_only: bool,
+    resume: bool,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Merge MODELs (Hugging Face or Orbax directories, weight files, hf://owner/name) into a directory."""
     settings = build_config(models, config, flags)
@@ -98,6 +108,8 @@ def merge(
         with progress_bars() as progress:
             result = merge_checkpoints(settings, out, resume=resume, progress=progress)
     except KeyboardInterrupt:
-        click.echo(f"stopped; finish with the same command and --resume ({out}.incomplete keeps what is done)", err=True)
+        click.echo(
+            f"stopped; finish with the same command and --resume ({out}.incomplete keeps what is done)", err=True
+        )
         raise
     click.echo(json.dumps(asdict(result), indent=2, default=str)) if as_json else show_result(result)

@@ -16,7 +16,9 @@ def methods(names: tuple[str, ...]) -> None:
     console = Console()
     for name in names:
         method = table[name]
-        grid = Table("hyperparameter", "default", "allowed", "meaning", title=f"{name}: {method.summary}", title_justify="left")
+        grid = Table(
+            "hyperparameter", "default", "allowed", "meaning", title=f"{name}: {method.summary}", title_justify="left"
+        )
         for key, h in method.hyperparameters.items():
             grid.add_row(key, str(method.defaults[key]), h.expected(), h.help)
         console.print(grid)

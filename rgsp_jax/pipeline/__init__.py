@@ -2,8 +2,9 @@
 
 from rgsp_jax.pipeline.config import MergeConfig, Override, parse_config, read_config_file
 from rgsp_jax.pipeline.describe import describe_plan
-from rgsp_jax.pipeline.merge import MergeResult, Preparation, merge_checkpoints, prepare
+from rgsp_jax.pipeline.merge import MergeResult, merge_checkpoints
 from rgsp_jax.pipeline.plan import MergePlan, plan_merge
+from rgsp_jax.pipeline.preparation import Preparation, prepare
 
 __all__ = [
     "MergeConfig",

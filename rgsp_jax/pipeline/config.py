@@ -99,9 +99,7 @@ class MergeConfig(BaseModel):
                 for problem in self.method_problems(method, override.hyperparameters)
             ]
         if self.base is not None and not any("base" in methods[name].needs for name in used):
-            problems.append(
-                f"--base: method {', '.join(used)} uses no base model; leave it out, or choose a method that does"
-            )
+            problems.append(f"--base: method {', '.join(used)} uses no base model; leave it out")
         return problems
 
     def method_problems(self, method: Method, hyperparameters: Mapping[str, Any]) -> list[str]:

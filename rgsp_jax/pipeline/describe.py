@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rgsp_jax.checkpoint import plan_shards
-from rgsp_jax.pipeline.merge import Preparation
+from rgsp_jax.pipeline.preparation import Preparation
 
 DISK_RATE = 0.8e9
 """Bytes read or written a second where the page cache helps: an order of magnitude, no promise."""

@@ -170,7 +170,7 @@ def merged_pieces(
         task = plan.tasks[piece.name]
         count = 1 if item.group.action == "matrices" else -(-piece.size // BLOCK)
         rows = slice(piece.slot, piece.slot + count)
-        data = output.merged[rows]
+        data = np.asarray(output.merged[rows])
         if item.group.action == "matrices" and task.view is not None:
             data = task.view.slice_view.from_matrices(data)
         data = np.ascontiguousarray(data).reshape(-1)[: piece.size]

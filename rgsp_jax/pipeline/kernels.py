@@ -45,7 +45,7 @@ def split_static(
     return tuple(sorted(fixed.items())), traced
 
 
-def run_item(group: Group, sources: tuple[Array, ...], salts: Array, seed: int, with_base: bool) -> ItemOutput:
+def run_item(group: Group, sources: tuple[Array, ...], salts: np.ndarray, seed: int, with_base: bool) -> ItemOutput:
     """Merge one item on the device.
 
     Args:

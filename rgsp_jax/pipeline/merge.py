@@ -6,49 +6,38 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from rgsp_jax.checkpoint import (
-    Checkpoint,
     ShardWriter,
     check_disk,
-    check_output,
     copy_companions,
-    find_problems,
     hash_file,
-    open_checkpoint,
     plan_shards,
     publish,
 )
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.audit import audit, verify_piece
-from rgsp_jax.pipeline.config import DTYPES, MergeConfig
+from rgsp_jax.pipeline.config import MergeConfig
 from rgsp_jax.pipeline.execute import execute
 from rgsp_jax.pipeline.journal import Journal
-from rgsp_jax.pipeline.model_card import model_card
-from rgsp_jax.pipeline.plan import MergePlan, WorkItem, is_merged, plan_merge
+from rgsp_jax.pipeline.overview import dominant_dtype, needs_dtype, summarise, versions, write_overview
+from rgsp_jax.pipeline.plan import MergePlan, WorkItem
+from rgsp_jax.pipeline.preparation import Preparation, check_buffers, prepare
 from rgsp_jax.pipeline.records import build_records, collect_pieces, find_bad_inputs, find_bad_outputs
-from rgsp_jax.pipeline.report import Parent, RunSummary, count_flags, render_report
-from rgsp_jax.rules import BUFFER_NAMES
 
 Progress = Callable[[str, int, int, tuple[str, ...]], None]
 """`progress(stage, bytes just done, bytes of the stage, tensors just done)`; stages are "merge" and "audit"."""
 Pieces = Mapping[str, Sequence[Mapping[str, Any]]]
 MODEL = "model"
 """Folder of the workshop that becomes the output."""
-TOKENIZER_FILES = frozenset(
-    {"tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"}
-)
 REPORT_ROOM = 64_000_000
 """Bytes set aside on the disk for reports and companion files."""
 
@@ -71,60 +60,13 @@ class MergeResult:
     """Weight files of the output and their SHA-256."""
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """Opened models and the plan of their merge."""
-
-    config: MergeConfig
-    checkpoints: tuple[Checkpoint, ...]
-    """The base last, where the config has one."""
-    plan: MergePlan
-    labels: tuple[str, ...]
-
-    @property
-    def with_base(self) -> bool:
-        return self.config.base is not None
-
-
-@contextmanager
-def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparation]:
-    """Open the models and plan their merge from headers.
-
-    Raises:
-        RefusedError: everything that stands against the merge, over all models, at once.
-    """
-    problems: list[str] = config.problems()
-    checkpoints: list[Checkpoint] = []
-    labels = [*config.models, *([config.base] if config.base else [])]
-    with ExitStack() as stack:
-        for label in labels:
-            try:
-                checkpoints.append(stack.enter_context(open_checkpoint(label)))
-            except RefusedError as error:
-                problems += error.problems
-        if out is not None:
-            problems += check_output(out, checkpoints)
-        if len(checkpoints) == len(labels) and checkpoints:
-            problems += find_problems(checkpoints, skip=lambda name: not is_merged(config, name))
-        if problems:
-            raise RefusedError(problems)
-        first = checkpoints[0]
-        # A model with a config ties its weights itself; elsewhere every name must be in the file.
-        names = [name for name in first.specs if first.config is None or name not in first.aliases]
-        model_type = (first.config or {}).get("model_type")
-        plan = plan_merge(config, [c.specs for c in checkpoints], names=names, model_type=model_type)
-        if plan.problems:
-            raise RefusedError(plan.problems)
-        yield Preparation(config, tuple(checkpoints), plan, tuple(labels))
-
-
 def merge_checkpoints(
     config: MergeConfig, out: Path | str, *, resume: bool = False, progress: Progress | None = None
 ) -> MergeResult:
     """Merge models into the directory `out`, which appears complete or not at all.
 
-    Work goes on in `OUT.incomplete` (the future output and the journal beside it); a killed merge is finished by the same call with `resume=True`, and ends
-    byte-identical to one that was not interrupted.
+    Work goes on in `OUT.incomplete` (the future output and the journal beside it); a killed merge is finished by the
+    same call with `resume=True`, and ends byte-identical to one that was not interrupted.
 
     Args:
         config: what to merge and how.
@@ -227,35 +169,6 @@ def fingerprint(preparation: Preparation) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {name: version(name) for name in ("rgsp_jax", "jax", "jaxlib", "ott-jax", "numpy")}
-
-
-def check_buffers(preparation: Preparation) -> dict[str, list[str]]:
-    """Flags of buffers that differ between models; RefusedError for integers that are no known buffer and differ."""
-    first, *others = preparation.checkpoints[: len(preparation.config.models)]
-    flags: dict[str, list[str]] = {}
-    problems = []
-    for task in preparation.plan.tasks.values():
-        if task.kind != "buffer":
-            continue
-        ours = first.read(task.name)
-        for other in others:
-            if np.array_equal(other.read(task.name).view(np.uint8), ours.view(np.uint8)):
-                continue
-            if BUFFER_NAMES.search(task.name):
-                flags[task.name] = ["buffer_differs"]
-            else:
-                problems.append(
-                    f"tensor {task.name!r} holds {task.out_dtype} values that differ between {first.path} and {other.path}:"
-                    " such values cannot be merged; --exclude it to keep the first model's"
-                )
-    if problems:
-        raise RefusedError(problems)
-    return flags
-
-
 def forget_damaged(plan: MergePlan, journal: Journal, writer: ShardWriter) -> int:
     """Drop journal entries whose data are not on the disk as noted; number of items that stay done."""
     for index, entry in list(journal.entries.items()):
@@ -294,11 +207,11 @@ def finish(
     writer: ShardWriter,
     pieces: Pieces,
     hashes: Sequence[Sequence[str]],
-    buffer_flags: dict[str, list[str]],
+    buffer_flags: Mapping[str, list[str]],
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Everything beside the weights, and the audit; the facts of the result."""
-    plan, config, first = preparation.plan, preparation.config, preparation.checkpoints[0]
+    plan, first = preparation.plan, preparation.checkpoints[0]
     directory = writer.directory
     writer.finish()
     dtype = dominant_dtype(plan)
@@ -310,82 +223,13 @@ def finish(
 
     digests, files = audit(directory, plan, pieces, writer, on_tensor)
     records = build_records(plan, pieces, digests, buffer_flags)
-    counts = dict(Counter(f"{t.kind}: {t.method}" for t in plan.tasks.values()))
-    flag_counts = count_flags(records)
-    method = config.resolved_method()
-    parents = [describe_parent(*args) for args in zip(preparation.labels, preparation.checkpoints, hashes, strict=True)]
-    warnings = find_warnings(preparation)
-    summary = RunSummary(
-        method=method.name,
-        hyperparameters={**method.defaults, **config.hyperparameters},
-        output_name=name,
-        parents=parents[: len(config.models)],
-        base=parents[-1] if preparation.with_base else None,
-        versions=versions(),
-        config_yaml=config.to_yaml(),
-        parameters=sum(t.size for t in plan.tasks.values()),
-        dtype=dtype,
-        shards=len(files),
-        bytes=writer.plan.file_bytes,
-        counts_by_rule=counts,
-        architecture=next(iter((first.config or {}).get("architectures") or []), None),
-        has_tokenizer=any(path.name in TOKENIZER_FILES for path in first.companions),
-        flag_counts=flag_counts,
-        warnings=warnings,
-    )
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-    (directory / "report.jsonl").write_text(lines)
-    (directory / "report.html").write_text(render_report(summary, records))
-    (directory / "README.md").write_text(model_card(summary))
-    (directory / "merge_config.yaml").write_text(config.to_yaml())
-    overview = asdict(summary) | {"files": files}
-    (directory / "merge_summary.json").write_text(json.dumps(overview, indent=2, default=list) + "\n")
+    summary = summarise(preparation, name, records, hashes, writer.plan)
+    write_overview(directory, summary, records, files)
     return {
-        "method": method.name,
+        "method": summary.method,
         "tensors": len(plan.tasks),
-        "counts_by_rule": counts,
-        "flag_counts": flag_counts,
-        "warnings": tuple(warnings),
+        "counts_by_rule": dict(summary.counts_by_rule),
+        "flag_counts": dict(summary.flag_counts),
+        "warnings": tuple(summary.warnings),
         "files": files,
     }
-
-
-def dominant_dtype(plan: MergePlan) -> str:
-    """The floating dtype that most of the output's bytes have."""
-    sizes: Counter[str] = Counter()
-    for task in plan.tasks.values():
-        if task.out_dtype.name in DTYPES:
-            sizes[task.out_dtype.name] += task.size
-    return sizes.most_common(1)[0][0] if sizes else next(iter(plan.tasks.values())).out_dtype.name
-
-
-def needs_dtype(config: dict[str, Any] | None, dtype: str) -> bool:
-    """True where config.json says another dtype than the output has."""
-    return config is not None and (config.get("dtype") or config.get("torch_dtype")) != dtype
-
-
-def describe_parent(label: str, checkpoint: Checkpoint, hashes: Sequence[str]) -> Parent:
-    """What the report says of a model."""
-    config = checkpoint.config or {}
-    floats = [spec for spec in checkpoint.specs.values() if spec.kind == "float"]
-    return Parent(
-        label=label,
-        files=[(path.name, digest) for path, digest in zip(checkpoint.weight_files, hashes, strict=True)],
-        architecture=next(iter(config.get("architectures") or []), None),
-        model_type=config.get("model_type"),
-        parameters=sum(spec.size for name, spec in checkpoint.specs.items() if name not in checkpoint.aliases),
-        dtype=max(floats, key=lambda spec: spec.size).dtype.name if floats else None,
-    )
-
-
-def find_warnings(preparation: Preparation) -> list[str]:
-    """Sentences on what does not stand against a merge but deserves a look."""
-    first, *others = preparation.checkpoints[: len(preparation.config.models)]
-    warnings = []
-    for label, other in zip(preparation.labels[1:], others, strict=False):
-        for path in first.companions:
-            if path.name not in TOKENIZER_FILES or path not in other.companions:
-                continue
-            if hash_file(first.path / path) != hash_file(other.path / path):
-                warnings.append(f"{path} of {label} differs from the first model's, which was copied")
-    return warnings

@@ -10,7 +10,7 @@ from rgsp_jax.rgsp.alignment import PRECISION
 def project(
     u: Float[Array, "m r"], change: Float[Array, "r"], v: Float[Array, "n r"], projection: str
 ) -> Float[Array, "m n"]:
-    """`tau = U diag(dS) U^T` as the source writes it ("one_sided", square matrices), `U diag(dS) V^T` otherwise (R7)."""
+    """`tau = U diag(dS) U^T` as written ("one_sided", square matrices), `U diag(dS) V^T` otherwise (R7)."""
     right = u if projection == "one_sided" and u.shape[0] == v.shape[0] else v
     return jnp.matmul(u * change[None, :], right.T, precision=PRECISION)
 

@@ -1,0 +1,85 @@
+"""Opened models and the plan of their merge, or everything that stands against it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rgsp_jax.checkpoint import Checkpoint, check_output, find_problems, open_checkpoint
+from rgsp_jax.errors import RefusedError
+from rgsp_jax.pipeline.config import MergeConfig
+from rgsp_jax.pipeline.plan import MergePlan, is_merged, plan_merge
+from rgsp_jax.rules import BUFFER_NAMES
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Opened models and the plan of their merge."""
+
+    config: MergeConfig
+    checkpoints: tuple[Checkpoint, ...]
+    """The base last, where the config has one."""
+    plan: MergePlan
+    labels: tuple[str, ...]
+
+    @property
+    def with_base(self) -> bool:
+        return self.config.base is not None
+
+
+@contextmanager
+def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparation]:
+    """Open the models and plan their merge from headers.
+
+    Raises:
+        RefusedError: everything that stands against the merge, over all models, at once.
+    """
+    problems: list[str] = config.problems()
+    checkpoints: list[Checkpoint] = []
+    labels = [*config.models, *([config.base] if config.base else [])]
+    with ExitStack() as stack:
+        for label in labels:
+            try:
+                checkpoints.append(stack.enter_context(open_checkpoint(label)))
+            except RefusedError as error:
+                problems += error.problems
+        if out is not None:
+            problems += check_output(out, checkpoints)
+        if len(checkpoints) == len(labels) and checkpoints:
+            problems += find_problems(checkpoints, skip=lambda name: not is_merged(config, name))
+        if problems:
+            raise RefusedError(problems)
+        first = checkpoints[0]
+        # A model with a config ties its weights itself; elsewhere every name must be in the file.
+        names = [name for name in first.specs if first.config is None or name not in first.aliases]
+        model_type = (first.config or {}).get("model_type")
+        plan = plan_merge(config, [c.specs for c in checkpoints], names=names, model_type=model_type)
+        if plan.problems:
+            raise RefusedError(plan.problems)
+        yield Preparation(config, tuple(checkpoints), plan, tuple(labels))
+
+
+def check_buffers(preparation: Preparation) -> dict[str, list[str]]:
+    """Flags of buffers that differ between models; RefusedError for integers that are no known buffer and differ."""
+    first, *others = preparation.checkpoints[: len(preparation.config.models)]
+    flags: dict[str, list[str]] = {}
+    problems = []
+    for task in preparation.plan.tasks.values():
+        if task.kind != "buffer":
+            continue
+        ours = first.read(task.name)
+        for other in others:
+            if np.array_equal(other.read(task.name).view(np.uint8), ours.view(np.uint8)):
+                continue
+            if BUFFER_NAMES.search(task.name):
+                flags[task.name] = ["buffer_differs"]
+            else:
+                problems.append(
+                    f"tensor {task.name!r} holds {task.out_dtype} values that differ between {first.path} and"
+                    f" {other.path}: such values cannot be merged; --exclude it to keep the first model's"
+                )
+    if problems:
+        raise RefusedError(problems)
+    return flags
