@@ -29,6 +29,8 @@ def find_problems(checkpoints: Sequence[Checkpoint], *, skip: Skip | None = None
         One sentence per problem, at most 20 of a kind and model; empty where all is well.
     """
     problems: list[str] = []
+    if not checkpoints:
+        return problems
     first = checkpoints[0]
     skip = skip or _skip_none
     for other in checkpoints[1:]:

@@ -50,13 +50,14 @@ def _check_archive(path: Path) -> bool:
         if file.read(4) != b"PK\x03\x04":
             return False
     with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
+        entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise RefusedError(f"{path} is a TorchScript archive: save its state_dict() instead")
+        for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise RefusedError(f"{path} is a compressed archive, not a file of torch.save")
             if entry.filename.endswith("/byteorder") and archive.read(entry).strip() == b"big":
                 raise RefusedError(f"{path} was saved on a big-endian machine: save it again as safetensors")
-            if entry.filename.endswith("/constants.pkl"):
-                raise RefusedError(f"{path} is a TorchScript archive: save its state_dict() instead")
     return True
 
 
