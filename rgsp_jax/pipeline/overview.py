@@ -57,7 +57,7 @@ def summarise(
         dtype=dominant_dtype(plan),
         shards=len(shards.shards),
         bytes=shards.file_bytes,
-        counts_by_rule=Counter(f"{task.kind}: {task.method}" for task in plan.tasks.values()),
+        counts_by_rule=dict(Counter(f"{task.kind}: {task.method}" for task in plan.tasks.values())),
         architecture=next(iter((first.config or {}).get("architectures") or []), None),
         has_tokenizer=any(path.name in TOKENIZER_FILES for path in first.companions),
         flag_counts=count_flags(records),

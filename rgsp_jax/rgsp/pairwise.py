@@ -14,7 +14,7 @@ from rgsp_jax.rgsp.alignment import OVERLAPS, PRECISION, active_mask, dynamic_ma
 from rgsp_jax.rgsp.encoding import Encoding, adjust_coupling, encode, importance, overlap_score
 from rgsp_jax.rgsp.fusion import fuse, fusion_coefficient, project
 from rgsp_jax.rgsp.stats import svd_stats
-from rgsp_jax.transport import gromov_wasserstein, normalize_jointly, squared_distances
+from rgsp_jax.transport import gromov_wasserstein, normalize_jointly, share_by_row, squared_distances
 from rgsp_jax.types import Coupling, MergeOutput, TruncatedSVD
 
 Projection = Annotated[str, choice("tau = U dS U^T on square matrices, or U dS V^T always", "one_sided", "two_sided")]
@@ -51,16 +51,6 @@ class PairTrace(NamedTuple):
     delta_s: Float[Array, "r"]
     lam: Float[Array, ""]
     tau: Float[Array, "m n"]
-
-
-def local_transport_cost(
-    cost_a: Float[Array, "r r"], cost_b: Float[Array, "r r"], plan: Float[Array, "r r"]
-) -> Float[Array, "r"]:
-    """`d_k = sum_j pi_kj sum_il |C_A(k,i) - C_B(j,l)|^2 pi_il`, the share of d that row k carries (SPEC R4)."""
-    rows, columns = plan.sum(1), plan.sum(0)
-    cross = jnp.matmul(jnp.matmul(cost_a, plan, precision=PRECISION), cost_b.T, precision=PRECISION)
-    gradient = (cost_a**2 @ rows)[:, None] + (cost_b**2 @ columns)[None, :] - 2 * cross
-    return jnp.maximum((plan * gradient).sum(1), 0.0)
 
 
 def relative_task_vector(
@@ -126,7 +116,7 @@ def relative_task_vector(
     change = b.s - a.s
     scale = (a.s + b.s) / 2 if spectrum == "relative" else jnp.ones_like(change)
     unit_free = change / jnp.where(scale > 0, scale, 1.0)
-    code = encode(unit_free, local_transport_cost(cost_a, cost_b, coupling.plan), active)
+    code = encode(unit_free, share_by_row(cost_a, cost_b, coupling.plan), active)
     tfi = importance(code)
     tos = overlap_score(code, beta)
     adjusted = adjust_coupling(coupling.plan, tos, active)
