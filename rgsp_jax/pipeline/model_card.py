@@ -8,7 +8,7 @@ import yaml
 from markupsafe import Markup
 
 from rgsp_jax.checkpoint.hub import LOCATION
-from rgsp_jax.pipeline.report import RunSummary, explain_flag, load_templates, name_parents
+from rgsp_jax.pipeline.report import RunSummary, explain_flag, load_templates, make_encodable, name_parents
 from rgsp_jax.pipeline.tensor_rows import load_glossary
 
 AUTO_CLASSES = {
@@ -41,7 +41,7 @@ def model_card(summary: RunSummary) -> str:
         "auto_class": Markup(choose_auto_class(summary.architecture)),
         "directory": Markup(json.dumps(summary.output_name, ensure_ascii=True)),
     }
-    return load_templates(escape_markdown).get_template("model_card.md.j2").render(view)
+    return make_encodable(load_templates(escape_markdown).get_template("model_card.md.j2").render(view))
 
 
 def front_matter(summary: RunSummary) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _THEME = {
     **{_HEAT: "--heat", _HEAT_INK: "--heat-ink", _HEAT_MIDDLE_INK: "--heat-middle-ink"},
     **{color: f"--s{i}" for i, color in enumerate(_SERIES)},
 }
-_DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+_DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -133,7 +133,7 @@ def _draw_line(axes, line: Line, axis: LayerAxis, *, order: int, count: int, flo
         part = slice(start, stop)
         lone = np.isfinite(middle[part]).sum() == 1
         marks = {"marker": marker, "markersize": max(size, 4.0) if lone else size, "markeredgewidth": 0}
-        axes.plot(x[part], middle[part], color=color, linewidth=2.4 - 1.2 * depth, linestyle=dashes, **marks)
+        axes.plot(x[part], middle[part], color=color, linewidth=2.4 - 0.9 * depth, linestyle=dashes, **marks)
         if np.nanmax(highest[part] - lowest[part], initial=0.0) > 0:
             axes.fill_between(
                 x[part], lowest[part], highest[part], color=color, alpha=max(0.05, 0.32 / max(count, 2)), linewidth=0
@@ -244,7 +244,8 @@ def _draw_cell(
         return
     share = min(max(value / highest, 0.0), 1.0)
     axes.add_patch(Rectangle((x, y), width, height, facecolor=_GRID, alpha=0.35, edgecolor=_SURFACE, linewidth=1))
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=_HEAT, alpha=share, edgecolor=_SURFACE, linewidth=1))
+    if share > 0:
+        axes.add_patch(Rectangle((x, y), width, height, facecolor=_HEAT, alpha=share, edgecolor=_SURFACE, linewidth=1))
     if numbered:
         text = f"{value:.2f}".replace("0.", ".", 1)
         ink = _INK if share <= 0.5 else _HEAT_MIDDLE_INK if share <= 0.72 else _HEAT_INK

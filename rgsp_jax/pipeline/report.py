@@ -96,7 +96,7 @@ def render_report(summary: RunSummary, records: Sequence[Record]) -> str:
         "outside": [row for row in changed if row.location is None][: 2 * _TOP] if inside else [],
         "table": tabulate(rows, codes),
     }
-    return load_templates().get_template("report.html.j2").render(view)
+    return make_encodable(load_templates().get_template("report.html.j2").render(view))
 
 
 def name_parents(count: int) -> list[str]:
@@ -343,6 +343,11 @@ def load_templates(escape_text: Callable[[Any], str] | None = None) -> jinja2.En
     environment.filters.update({one.__name__.removeprefix("format_"): one for one in formats})
     environment.filters.update(mark_code=mark_code, breakable=break_name, marker=lambda i: _GLYPHS[i % len(_GLYPHS)])
     return environment
+
+
+def make_encodable(text: str) -> str:
+    """Text without the lone surrogates that stand in paths whose bytes are no UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def mark_code(text: str) -> Markup:
