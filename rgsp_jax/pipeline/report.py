@@ -135,24 +135,22 @@ def describe_flags(rows: Sequence[TensorRow]) -> list[dict[str, Any]]:
 
 def judge(summary: RunSummary, rows: Sequence[TensorRow], codes: Sequence[str]) -> dict[str, Any]:
     """Level, headline and sentences that say first of all whether the result can be used, and where it lies."""
-    levels = Counter(explain_flag(flag)["level"] for row in rows for flag in set(row.flags))
-    flagged = {
-        level: sum(any(explain_flag(f)["level"] == level for f in row.flags) for row in rows) for level in levels
-    }
+    flagged = Counter(level for row in rows for level in {explain_flag(flag)["level"] for flag in row.flags})
     sentences = list(_place_result([row for row in rows if row.rule in ("matrix", "method")] or rows, codes))
     if not rows:
         return {"level": "check", "headline": "No tensors were recorded.", "sentences": sentences}
-    if flagged.get("serious"):
+    if flagged["serious"]:
         verb = "tensor is" if flagged["serious"] == 1 else "tensors are"
         headline = f"Do not use this as it is: {flagged['serious']} of {len(rows)} {verb} unsound."
         return {"level": "serious", "headline": headline, "sentences": sentences}
-    if flagged.get("check") or summary.warnings:
-        count = flagged.get("check", 0)
+    if flagged["check"] or summary.warnings:
+        count = flagged["check"]
         what = f"{count} of {len(rows)} tensors" if count else "a note on the run"
         verb = "is" if count <= 1 else "are"
         headline = f"Merged; {what} {verb} worth a look."
         return {"level": "check", "headline": headline, "sentences": sentences}
-    return {"level": "good", "headline": "Merged without a warning.", "sentences": sentences}
+    headline = "Merged; nothing but harmless notes." if flagged["note"] else "Merged without a warning."
+    return {"level": "good", "headline": headline, "sentences": sentences}
 
 
 def _place_result(rows: Sequence[TensorRow], codes: Sequence[str]) -> Iterator[str]:

@@ -401,7 +401,7 @@ def test_verdicts():
     assert text == "The typical merged tensor differs by 1 % from A and 2 % from B."
     assert verdict(flags=["nonfinite"])[:2] == ("serious", "Do not use this as it is: 4 of 4 tensors are unsound.")
     assert verdict(flags=["gw_unconverged"])[:2] == ("check", "Merged; 4 of 4 tensors are worth a look.")
-    assert verdict(flags=["buffer_differs"])[0] == "good"
+    assert verdict(flags=["buffer_differs"])[:2] == ("good", "Merged; nothing but harmless notes.")
     assert verdict(summary=replace(summary, warnings=["x"]))[1] == "Merged; a note on the run is worth a look."
     assert "It lies much closer to A than to B." in verdict(relative_change=[0.01, 0.05])[2]
     assert "The result equals A: nothing of the others went in." in verdict(relative_change=[0.0, 0.05])[2]
