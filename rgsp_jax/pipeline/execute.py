@@ -20,6 +20,8 @@ ALIGNMENT = 64
 """jax takes a host buffer on the CPU without a copy where it is aligned so."""
 
 OnDone = Callable[[WorkItem], None]
+MergedPiece = tuple[Piece, np.ndarray, dict[str, Any]]
+"""Where, the data, and their part of the report."""
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -61,8 +63,9 @@ def execute(
             output = compute_item(plan, item, buffers, seed, with_base)
             if write is not None:
                 write.result()
-            write = scribe.submit(write_item, plan, item, buffers, output, writer, journal, on_done)
-            del buffers, output, read
+            pieces = copied_pieces(item, buffers[0]) if output is None else merged_pieces(plan, item, output)
+            write = scribe.submit(write_item, item, pieces, writer, journal, on_done)
+            del buffers, output, pieces, read
         if write is not None:
             write.result()
     finally:
@@ -136,16 +139,9 @@ def compute_item(
 
 
 def write_item(
-    plan: MergePlan,
-    item: WorkItem,
-    buffers: tuple[np.ndarray, ...],
-    output: ItemOutput | None,
-    writer: ShardWriter,
-    journal: Journal,
-    on_done: OnDone,
+    item: WorkItem, pieces: Iterable[MergedPiece], writer: ShardWriter, journal: Journal, on_done: OnDone
 ) -> None:
     """Write the merged pieces, then note them in the journal."""
-    pieces = copied_pieces(item, buffers[0]) if output is None else merged_pieces(plan, item, output)
     records = []
     for piece, data, record in pieces:
         writer.write(piece.name, data, piece.start)
@@ -154,7 +150,7 @@ def write_item(
     on_done(item)
 
 
-def copied_pieces(item: WorkItem, buffer: np.ndarray) -> Iterable[tuple[Piece, np.ndarray, dict[str, Any]]]:
+def copied_pieces(item: WorkItem, buffer: np.ndarray) -> Iterable[MergedPiece]:
     """Tensors passed through, in the output's dtype."""
     start = 0
     for piece in item.pieces:
@@ -162,9 +158,7 @@ def copied_pieces(item: WorkItem, buffer: np.ndarray) -> Iterable[tuple[Piece, n
         start += piece.size
 
 
-def merged_pieces(
-    plan: MergePlan, item: WorkItem, output: ItemOutput
-) -> Iterable[tuple[Piece, np.ndarray, dict[str, Any]]]:
+def merged_pieces(plan: MergePlan, item: WorkItem, output: ItemOutput) -> Iterable[MergedPiece]:
     """Merged data of every piece in disk order, with its part of the report."""
     for piece in item.pieces:
         task = plan.tasks[piece.name]

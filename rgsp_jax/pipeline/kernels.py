@@ -41,7 +41,7 @@ def split_static(
         for name, value in hyperparameters.items()
         if name in method.static or isinstance(value, (str, bool)) or value is None
     }
-    traced = {name: np.asarray(v, np.float32) for name, v in hyperparameters.items() if name not in fixed}
+    traced = {name: np.asarray(v, np.float64) for name, v in hyperparameters.items() if name not in fixed}
     return tuple(sorted(fixed.items())), traced
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 
 from rgsp_jax.checkpoint import (
+    Checkpoint,
     ShardWriter,
     check_disk,
+    convert_to_orbax,
     copy_companions,
     hash_file,
     plan_shards,
@@ -102,12 +104,12 @@ def merge_checkpoints(
                 with discarded_on_refusal(workshop, True):
                     refuse_non_finite(preparation, pieces)
                 hashes = [[future.result() for future in futures] for futures in parent_hashes]
-                facts = finish(preparation, out.name, writer, pieces, hashes, buffer_flags, progress)
+                finished, facts = finish(preparation, out.name, writer, pieces, hashes, buffer_flags, progress)
             except OSError as error:
                 raise explain_os_error(error, workshop) from error
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
-            publish(workshop / MODEL, out)
+            publish(finished, out)
             shutil.rmtree(workshop)
     return MergeResult(
         out=out,
@@ -201,6 +203,14 @@ def refuse_non_finite(preparation: Preparation, pieces: Pieces) -> None:
         raise RefusedError(problems)
 
 
+def as_orbax(directory: Path, parent: Checkpoint) -> Path:
+    """The merged weights as an Orbax checkpoint with the parent's tree, beside the audited safetensors."""
+    converted = directory.with_name("orbax")
+    shutil.rmtree(converted, ignore_errors=True)
+    convert_to_orbax(directory, parent, converted)
+    return converted
+
+
 def finish(
     preparation: Preparation,
     name: str,
@@ -209,8 +219,8 @@ def finish(
     hashes: Sequence[Sequence[str]],
     buffer_flags: Mapping[str, list[str]],
     progress: Progress | None,
-) -> dict[str, Any]:
-    """Everything beside the weights, and the audit; the facts of the result."""
+) -> tuple[Path, dict[str, Any]]:
+    """The audit and everything beside the weights; the finished directory and the facts of the result."""
     plan, first = preparation.plan, preparation.checkpoints[0]
     directory = writer.directory
     writer.finish()
@@ -222,10 +232,12 @@ def finish(
             progress("audit", done, plan.bytes_out, (name,))
 
     digests, files = audit(directory, plan, pieces, writer, on_tensor)
+    if first.format == "orbax":
+        directory = as_orbax(directory, first)
     records = build_records(plan, pieces, digests, buffer_flags)
     summary = summarise(preparation, name, records, hashes, writer.plan)
     write_overview(directory, summary, records, files)
-    return {
+    return directory, {
         "method": summary.method,
         "tensors": len(plan.tasks),
         "counts_by_rule": dict(summary.counts_by_rule),

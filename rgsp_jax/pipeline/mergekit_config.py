@@ -11,6 +11,7 @@ from rgsp_jax.errors import RefusedError
 METHODS = {"linear": "average", "slerp": "slerp"}
 IGNORED = {"tokenizer_source", "tokenizer", "chat_template", "name"}
 """Settings that do not change the weights; the tokenizer copied is the first model's."""
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 KNOWN = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype"} | IGNORED
 
 
@@ -53,7 +54,13 @@ def read_sources(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
                 raise ValueError(f"layer_range {[first, last]} of {entry['model']} does not span the whole model")
     if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("model"), str) for m in models):
         raise ValueError("`models` must be a list of entries with a `model`")
-    return models
+    return [{**entry, "model": locate(entry["model"])} for entry in models]
+
+
+def locate(model: str) -> str:
+    """A path as it is; a name of the Hub, where there is no such path, behind `hf://`."""
+    is_name = HUB_NAME.fullmatch(model) is not None and not Path(model).exists()
+    return f"hf://{model}" if is_name else model
 
 
 def layer_count(model: str) -> int | None:
@@ -82,7 +89,7 @@ def translate_linear(fields: Mapping[str, Any], sources: Sequence[Mapping[str, A
 def translate_slerp(fields: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`t`: a number, a gradient over the layers, or a list of either behind filters on the tensor's name."""
     models = [entry["model"] for entry in sources]
-    base = fields.get("base_model")
+    base = locate(fields["base_model"]) if fields.get("base_model") else None
     if base is not None and base not in models:
         models = [base, *models]
     if len(models) != 2:
