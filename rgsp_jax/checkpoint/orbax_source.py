@@ -12,6 +12,7 @@ from rgsp_jax.checkpoint.specs import DTYPE_CODES, Checkpoint, TensorSpec, unsup
 from rgsp_jax.errors import RefusedError
 
 TRAINING_STATE = frozenset({"opt_state", "optimizer", "optimizer_state", "optim", "opt", "rng", "rngs"})
+BATCH_BYTES = 64 << 20
 MARKERS = ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint", "manifest.ocdbt")
 
 
@@ -58,8 +59,8 @@ class OrbaxCheckpoint(Checkpoint):
     """The arrays of an Orbax checkpoint under their tree paths joined by `/`.
 
     Optimiser state and random keys at the top level are left out; scalars, strings and empty nodes are no tensors
-    (`convert_to_orbax` carries them over). A partial read loads its whole array once and keeps it until its last
-    element was read or another array is asked for.
+    (`convert_to_orbax` carries them over). Arrays are loaded whole, small ones of equal shape together, and kept until
+    their last element was read or about 128 MiB are kept.
     """
 
     format = "orbax"
@@ -97,30 +98,52 @@ class OrbaxCheckpoint(Checkpoint):
         metadata = {"custom_metadata": found.custom_metadata, "not_tensors": skipped}
         super().__init__(path, specs, files, metadata=metadata, **companions)
         self._lock = threading.Lock()
-        self._kept: tuple[str, np.ndarray] | None = None
+        self._kept: dict[str, np.ndarray] = {}
 
     def _fill(self, spec: TensorSpec, out: np.ndarray, start: int) -> None:
         with self._lock:
-            if self._kept is None or self._kept[0] != spec.name:
-                self._kept = None
-                self._kept = (spec.name, self._load(spec))
-            flat = self._kept[1].reshape(-1)
+            if spec.name not in self._kept:
+                self._load_batch(spec)
+            array = self._kept[spec.name]
             if start + out.size == spec.size:
-                self._kept = None
-        out[:] = flat[start : start + out.size]
+                del self._kept[spec.name]
+        out[:] = array.reshape(-1)[start : start + out.size]
 
-    def _load(self, spec: TensorSpec) -> np.ndarray:
-        wanted = self._paths[spec.name]
+    def _load_batch(self, spec: TensorSpec) -> None:
+        """Load an array, and with it as many later ones of its shape and dtype as BATCH_BYTES hold.
+
+        Every load walks the whole tree's metadata, so one load per array would cost the square of their number.
+        """
+        batch = {spec.name: spec}
+        names = list(self.specs)
+        for other in (self.specs[name] for name in names[names.index(spec.name) + 1 :]):
+            if (len(batch) + 1) * spec.nbytes > BATCH_BYTES:
+                break
+            if (other.shape, other.dtype) == (spec.shape, spec.dtype) and other.name not in self._kept:
+                batch[other.name] = other
+        room = 2 * BATCH_BYTES - len(batch) * spec.nbytes
+        while self._kept and sum(array.nbytes for array in self._kept.values()) > room:
+            del self._kept[next(iter(self._kept))]
+        self._kept |= self._load(batch)
+
+    def _load(self, batch: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
+        wanted = {self._paths[name] for name in batch}
         # np.ndarray as the abstract leaf loads arrays of any sharding on any number of devices; ... skips a leaf.
-        abstract = map_tree(self.tree, lambda path, leaf: np.ndarray if path == wanted else _placeholder(leaf))
+        abstract = map_tree(self.tree, lambda path, leaf: np.ndarray if path in wanted else _placeholder(leaf))
         try:
             loaded = self._orbax.load(self.path, abstract)
         except Exception as error:
-            raise RefusedError(f"{self.path}: array {spec.name!r} cannot be read ({describe_failure(error)})") from None
-        array = next(leaf for path, leaf in walk_tree(loaded) if path == wanted)
-        if not isinstance(array, np.ndarray) or array.shape != spec.shape or array.dtype != spec.dtype:
-            raise RefusedError(f"{self.path}: array {spec.name!r} is not what the checkpoint's metadata says")
-        return np.asarray(array, order="C")
+            names = ", ".join(map(repr, batch))
+            raise RefusedError(f"{self.path}: {names} cannot be read ({describe_failure(error)})") from None
+        arrays = {}
+        for path, array in walk_tree(loaded):
+            if path in wanted:
+                name = "/".join(path)
+                spec = batch[name]
+                if not isinstance(array, np.ndarray) or array.shape != spec.shape or array.dtype != spec.dtype:
+                    raise RefusedError(f"{self.path}: array {name!r} is not what the checkpoint's metadata says")
+                arrays[name] = np.asarray(array, order="C")
+        return arrays
 
     def load_rest(self) -> dict[TreePath, Any]:
         """Values of the leaves that are no arrays (scalars, strings), training state excepted, by tree path."""
@@ -130,7 +153,7 @@ class OrbaxCheckpoint(Checkpoint):
 
     def close(self) -> None:
         with self._lock:
-            self._kept = None
+            self._kept.clear()
 
 
 def _placeholder(leaf: Any) -> Any:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint.builders import CONFIG, write_model
 
+from checkpoint.builders import CONFIG, write_model
 from rgsp_jax.checkpoint import OWN_FILES, copy_companions, find_problems, open_checkpoint, write_safetensors
 from rgsp_jax.errors import RefusedError
 

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from checkpoint.builders import CONFIG, make_tensor, tiny_tensors, write_model
 
+from checkpoint.builders import CONFIG, make_tensor, tiny_tensors, write_model
 from rgsp_jax.checkpoint import find_problems, open_checkpoint
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -2,10 +2,10 @@
 
 import json
 
-from checkpoint.builders import raw_file, same_bytes, sample_tensors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from checkpoint.builders import raw_file, same_bytes, sample_tensors
 from rgsp_jax.checkpoint import DTYPES, open_checkpoint, write_safetensors
 from rgsp_jax.errors import RefusedError
 

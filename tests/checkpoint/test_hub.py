@@ -6,8 +6,8 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from checkpoint.builders import write_model
 
+from checkpoint.builders import write_model
 from rgsp_jax.checkpoint import open_checkpoint
 from rgsp_jax.errors import RefusedError
 

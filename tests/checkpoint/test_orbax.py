@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint.builders import CONFIG, make_tensor, same_bytes
 from orbax import checkpoint as orbax_v0
 from orbax.checkpoint import v1 as orbax
 
+from checkpoint.builders import CONFIG, make_tensor, same_bytes
 from rgsp_jax.checkpoint import ShardWriter, TensorSpec, convert_to_orbax, find_problems, open_checkpoint, plan_shards
 from rgsp_jax.checkpoint.orbax_writer import divide_tree
 from rgsp_jax.errors import RefusedError
@@ -90,6 +90,29 @@ def test_slices(tmp_path):
         checkpoint.read_into("a", out, begin)
         assert same_bytes(out, array.reshape(-1)[begin:end])
         assert same_bytes(checkpoint.read("b"), array[:2])
+
+
+def test_equal_shapes_are_loaded_together_and_memory_is_bounded(tmp_path, monkeypatch):
+    tree = {f"layer{i}": {"w": np.full((8, 8), i, np.float32), "b": np.full(8, i, np.float32)} for i in range(20)}
+    orbax.save(tmp_path / "m", tree)
+    calls, load = [], orbax.load
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return load(*arguments)
+
+    monkeypatch.setattr(orbax, "load", counting)
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        for name in checkpoint.specs:
+            assert (checkpoint.read(name) == int(name.split("/")[0][5:])).all()
+        assert len(calls) == 2 and checkpoint._kept == {}
+    monkeypatch.setattr("rgsp_jax.checkpoint.orbax_source.BATCH_BYTES", 600)
+    calls.clear()
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        for name in reversed(checkpoint.specs):
+            assert (checkpoint.read(name) == int(name.split("/")[0][5:])).all()
+            assert sum(array.nbytes for array in checkpoint._kept.values()) <= 1200
+        assert len(calls) > 20
 
 
 def test_arrays_sharded_over_devices_are_read_whole(tmp_path):

@@ -5,8 +5,8 @@ import shutil
 from collections import namedtuple
 
 import pytest
-from checkpoint.builders import write_model
 
+from checkpoint.builders import write_model
 from rgsp_jax.checkpoint import check_disk, check_output, format_bytes, open_checkpoint, publish
 from rgsp_jax.errors import RefusedError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint.builders import CONFIG, raw_file, tiny_tensors, write_model
 
+from checkpoint.builders import CONFIG, raw_file, tiny_tensors, write_model
 from rgsp_jax.checkpoint import open_checkpoint, write_safetensors
 from rgsp_jax.errors import RefusedError
 

@@ -12,10 +12,10 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from checkpoint.builders import make_tensor, same_bytes, sample_tensors, tiny_tensors, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint.builders import make_tensor, same_bytes, sample_tensors, tiny_tensors, write_model
 from rgsp_jax.checkpoint import DTYPES, TensorSpec, digest, hash_file, open_checkpoint, plan_shards, write_safetensors
 from rgsp_jax.errors import RefusedError
 

@@ -9,10 +9,10 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint.builders import make_tensor, same_bytes, sample_tensors, tiny_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint.builders import make_tensor, same_bytes, sample_tensors, tiny_tensors
 from rgsp_jax.checkpoint import DTYPES, ShardWriter, TensorSpec, open_checkpoint, plan_shards, write_safetensors
 from rgsp_jax.errors import RefusedError
 

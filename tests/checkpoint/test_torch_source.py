@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoint.builders import CONFIG, same_bytes
 
+from checkpoint.builders import CONFIG, same_bytes
 from rgsp_jax.checkpoint import find_problems, open_checkpoint
 from rgsp_jax.errors import RefusedError
 
