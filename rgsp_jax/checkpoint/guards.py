@@ -11,9 +11,9 @@ from rgsp_jax.errors import RefusedError
 
 QUANTISED_NAME = re.compile(
     r"(^|[./])(qweight|qzeros|g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..*)?|SCB|weight_format"
-    r"|weight_scale(_inv|_2)?|weight_scales|weight_packed|weight_zero_point|weight_shape|input_scale|input_scales"
-    r"|[kv]_scale|scales|zeros|\w+_scales|\w+_scale_inv|\w+_qweight)$"
+    r"|weight_scales?(_inv|_2)?|weight_packed|weight_zero_point|weight_shape|\w+_scale_inv|weight\._(data|scale|shift))$"
 )
+PACKED_NAME = re.compile(r"(^|[./])(weight|W_q|(\w+_)?(blocks|scales|packed))$")
 ADAPTER_NAME = re.compile(r"(^|[./])(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_w[12]_[ab])([./]|$)")
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 MAX_LFS_POINTER_BYTES = 1024
@@ -98,7 +98,8 @@ def find_quantisation(path: Path, specs: Mapping[str, TensorSpec], config: Mappi
         for key in QUANTISATION_KEYS:
             if section.get(key):
                 problems.append(
-                    f"{path} is quantised: its config.json has {prefix}{key}; dequantise it to bfloat16 first"
+                    f"{path} is quantised: its config.json has {prefix}{key}; dequantise it to bfloat16 first, or "
+                    "remove the key where the weights are not quantised"
                 )
     packed = [
         f"{path} is quantised: tensor {name!r} holds quantised weights or their scales; dequantise it first"
@@ -109,8 +110,8 @@ def find_quantisation(path: Path, specs: Mapping[str, TensorSpec], config: Mappi
 
 
 def _is_packed(spec: TensorSpec) -> bool:
-    """Integer matrices named weight are packed low-bit values; no layer keeps its weight as integers otherwise."""
-    return spec.kind == "integer" and len(spec.shape) >= 2 and re.search(r"(^|[./])weight$", spec.name) is not None
+    """Integer matrices under such names are packed low-bit values or their scales; no layer has its own as integers."""
+    return spec.kind == "integer" and len(spec.shape) >= 2 and PACKED_NAME.search(spec.name) is not None
 
 
 def find_adapters(path: Path, specs: Mapping[str, TensorSpec]) -> list[str]:

@@ -31,7 +31,7 @@ class ShardWriter:
         resume: accept files that are there, provided that their header and size are the plan's.
 
     Raises:
-        RefusedError: not enough room, a file in the way, or (resume) files of another plan.
+        RefusedError: not enough room, a file in the way, or files of another plan.
     """
 
     def __init__(self, directory: Path | str, plan: ShardPlan, resume: bool = False):
@@ -39,7 +39,9 @@ class ShardWriter:
         self.plan = plan
         self.directory.mkdir(parents=True, exist_ok=True)
         made: list[Path] = []
-        problems = []
+        planned = {shard.file_name for shard in plan.shards}
+        foreign = sorted(path for path in self.directory.glob("model*.safetensors") if path.name not in planned)
+        problems = [f"{path} belongs to no shard of this output: remove it first" for path in foreign]
         for shard in plan.shards:
             path = self.directory / shard.file_name
             if os.path.lexists(path):

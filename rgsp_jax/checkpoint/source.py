@@ -74,9 +74,9 @@ def _open_file(path: Path) -> Checkpoint:
     real = path.resolve()
     if path.suffix == ".safetensors":
         header = read_header(real)
-        return SafetensorsCheckpoint(real, [header], metadata=header.metadata)
+        return SafetensorsCheckpoint(path.absolute(), [header], metadata=header.metadata)
     if path.suffix in TORCH_SUFFIXES:
-        return TorchCheckpoint(real, (real,))
+        return TorchCheckpoint(path.absolute(), (real,))
     if path.name.endswith(".index.json"):
         raise RefusedError(f"{path} is an index: give its directory {path.parent}")
     known = ", ".join((".safetensors", *TORCH_SUFFIXES))

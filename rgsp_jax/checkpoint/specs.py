@@ -47,6 +47,9 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: np.dtype
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))  # so that jnp.bfloat16 and np.float32 may be given
+
     @property
     def size(self) -> int:
         """Number of elements; 1 for a scalar of shape ()."""
@@ -84,7 +87,7 @@ class Checkpoint(ABC):
     """An opened model: specs read from headers, elements read on demand.
 
     Attributes:
-        path: directory or file as given, resolved.
+        path: directory (resolved) or lone file (absolute).
         format: `safetensors`, `torch` or `orbax`.
         specs: every key on disk, aliases included, in disk order (shards by name, by offset within a file).
         aliases: key -> the key whose elements it shares: one storage in PyTorch files, tied embeddings stored twice

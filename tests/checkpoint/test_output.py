@@ -1,6 +1,7 @@
 """Where a result may be written, whether there is room, and how it appears."""
 
 import os
+import re
 import shutil
 from collections import namedtuple
 
@@ -35,8 +36,6 @@ def test_a_fresh_place_is_fine(tmp_path):
     ],
 )
 def test_bad_places_are_named(tmp_path, place, expected):
-    import re
-
     model = open_checkpoint(write_model(tmp_path / "m"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("a")
@@ -89,6 +88,29 @@ def test_publishing_renames_all_at_once(tmp_path):
     publish(tmp_path / "out.incomplete", tmp_path / "out")
     assert (tmp_path / "out" / "sub" / "a").read_text() == "a"
     assert not (tmp_path / "out.incomplete").exists()
+
+
+def test_everything_is_flushed_before_the_rename_and_the_parent_after(tmp_path, monkeypatch):
+    write_model(tmp_path / "out.incomplete")
+    (tmp_path / "out.incomplete" / "sub").mkdir()
+    (tmp_path / "out.incomplete" / "sub" / "a").write_text("a")
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def recording_fsync(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def recording_rename(source, target):
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "rename", recording_rename)
+    publish(tmp_path / "out.incomplete", tmp_path / "out")
+    names = ["sub/a", "sub", "config.json", "model.safetensors", ""]
+    before = events[: events.index("rename")]
+    assert set(before) == {str(tmp_path / "out.incomplete" / name) for name in names}
+    assert events[events.index("rename") + 1 :] == [str(tmp_path)]
 
 
 def test_an_empty_directory_is_replaced(tmp_path):

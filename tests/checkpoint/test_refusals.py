@@ -263,6 +263,9 @@ REFUSALS = {
     "int8 state": (named("q_proj.SCB"), "'q_proj.SCB' holds quantised"),
     "fp8 scales": (named("q_proj.weight_scale_inv"), "'q_proj.weight_scale_inv' holds"),
     "mxfp4 scales": (named("experts.down_proj_scales", dtype=np.uint8), "'experts.down_proj_scales' holds"),
+    "quanto": (named("q_proj.weight._data", dtype=np.int8), "'q_proj.weight._data' holds"),
+    "hqq": (named("q_proj.W_q", dtype=np.uint8), "'q_proj.W_q' holds quantised"),
+    "mxfp4 blocks": (named("experts.down_proj_blocks", dtype=np.uint8), "'experts.down_proj_blocks' holds"),
     "packed": (named("q_proj.weight", dtype=np.uint8), "'q_proj.weight' holds quantised"),
     "F8_E4M3": (lone({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}), r"quantised \(F8_E4M3\)"),
     "F8_E5M2": (lone({"a": {"dtype": "F8_E5M2", "shape": [8], "data_offsets": [0, 8]}}), r"quantised \(F8_E5M2\)"),
@@ -404,6 +407,43 @@ def test_refusal_is_one_clear_sentence(tmp_path, name):
             checkpoint.read(tensor)
     assert all(problem and "\n" not in problem for problem in raised.value.problems)
     assert "Traceback" not in str(raised.value)
+
+
+ACCEPTED = {
+    "float scales": named("attention.scales", "layer_scale", "logit_scale", "k_scale", "blocks"),
+    "integer buffers": named("position_ids", "relative_position_index", "num_batches_tracked", dtype=np.int64),
+    "integer weight vector": named("class_weight", "codes.weight", dtype=np.int64, shape=(3,)),
+    "scale buffers": named("norm.scale", "weight_g", "weight_v", "parametrizations.weight.original0"),
+    "empty quantization_config": configured(quantization_config=None),
+    "leftover adapter config": lambda tmp: (
+        (write_model(tmp / "m") / "adapter_config.json").write_text("{}") and tmp / "m"
+    ),
+    "consolidated beside shards": lambda tmp: add_consolidated(write_model(tmp / "m", max_shard_size=1)),
+    "shard names of any kind": lambda tmp: rename_index(write_model(tmp / "m", max_shard_size=1)),
+    "one file of any name": lambda tmp: rename_single(write_model(tmp / "m")),
+}
+
+
+def add_consolidated(directory):
+    write_safetensors(directory / "consolidated.safetensors", {"x": np.zeros(2, np.float32)})
+    return directory
+
+
+def rename_index(directory):
+    (directory / "model.safetensors.index.json").rename(directory / "model.fp16.safetensors.index.json")
+    return directory
+
+
+def rename_single(directory):
+    (directory / "model.safetensors").rename(directory / "diffusion_pytorch_model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_only_looks_wrong_is_accepted(tmp_path, name):
+    checkpoint = open_checkpoint(ACCEPTED[name](tmp_path))
+    assert set(tiny_tensors()) <= set(checkpoint.specs)
+    assert checkpoint.read("encoder.bias").shape == (4,)
 
 
 def test_all_offenders_are_named_at_once(tmp_path):

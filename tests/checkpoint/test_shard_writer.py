@@ -129,6 +129,15 @@ def test_resume_refuses_foreign_files(tmp_path, change):
         ShardWriter(tmp_path / "m", plan, resume=True)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_shards_of_another_plan_are_not_left_among_ours(tmp_path, resume):
+    tensors = tiny_tensors()
+    ShardWriter(tmp_path, plan_for(tensors, 1))
+    with pytest.raises(RefusedError, match="belongs to no shard of this output") as raised:
+        ShardWriter(tmp_path, plan_for(tensors), resume=resume)
+    assert len(raised.value.problems) == 3
+
+
 @pytest.mark.parametrize(
     ("array", "start"),
     [
