@@ -1,6 +1,7 @@
 """The merge config: one frozen record, read from YAML or built by the command line, validated once here."""
 
 import fnmatch
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,19 +15,21 @@ from rgsp_jax.method import Method
 from rgsp_jax.pipeline.mergekit_config import is_mergekit, translate
 from rgsp_jax.registry import methods
 
-SIZE = re.compile(r"^\s*([0-9.]+)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
+SIZE = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE | re.ASCII)
+LARGEST_SIZE = 2**63 - 1
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def parse_size(value: Any) -> int:
     """Bytes of 5000000, "5GB" (10^9) or "1.5GiB" (2^30)."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    match = SIZE.match(str(value))
-    if not match or float(match[1]) <= 0:
-        raise ValueError(f"must be a size such as 500MB, 5GB or 1.5GiB, not {value!r}")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+    match = SIZE.fullmatch(str(value))
+    if match and not isinstance(value, bool):
+        number, unit, binary = match.groups()
+        factor = (1024 if binary else 1000) ** " kmgt".index((unit or " ").lower())
+        size = float(number) * factor
+        if 1 <= size <= LARGEST_SIZE:
+            return int(number) * factor if number.isdecimal() else int(size)
+    raise ValueError(f"must be a size such as 500MB, 5GB or 1.5GiB, not {value!r}")
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -65,7 +68,7 @@ class MergeConfig(BaseModel):
     max_shard_size: Size = 5_000_000_000
     memory: Size = 1_000_000_000
     """Bytes the merge may take above the process's size after import."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the random key that methods which declare the need get."""
 
     def resolved_method(self) -> Method:
@@ -103,14 +106,17 @@ class MergeConfig(BaseModel):
         return problems
 
     def method_problems(self, method: Method, hyperparameters: Mapping[str, Any]) -> list[str]:
-        problems = method.problems(hyperparameters)
+        unusable = {
+            name: problem
+            for name, value in hyperparameters.items()
+            if name in method.hyperparameters and (problem := value_problem(name, value, len(self.models)))
+        }
+        problems = list(unusable.values())
+        problems += method.problems({name: v for name, v in hyperparameters.items() if name not in unusable})
         if problem := method.count_problem(len(self.models)):
             problems.append(problem)
         if "base" in method.needs and self.base is None:
             problems.append(f"method {method.name!r} needs --base, the common ancestor of the models")
-        coefficients = hyperparameters.get("coefficients")
-        if isinstance(coefficients, (list, tuple)) and len(coefficients) != len(self.models):
-            problems.append(f"coefficients: {len(coefficients)} numbers for {len(self.models)} models")
         return problems
 
     def to_yaml(self) -> str:
@@ -119,6 +125,29 @@ class MergeConfig(BaseModel):
         full = {"models": list(self.models), "method": self.resolved_method().name, **full}
         full.pop("memory", None)
         return yaml.safe_dump(full, sort_keys=False, allow_unicode=True)
+
+
+ARRAYS = frozenset({"coefficients", "w_q", "w_k"})
+"""Hyperparameters that are arrays where the methods are called as functions."""
+
+
+def value_problem(name: str, value: Any, count: int) -> str | None:
+    """Why a file or a command line cannot give a hyperparameter this value: it must be plain data of the right size."""
+    if name == "coefficients" and value is not None:
+        if not isinstance(value, (list, tuple)) or not all(map(is_number, value)):
+            return f"coefficients must be a list of numbers, one for each model, not {value!r}"
+        if len(value) != count:
+            return f"coefficients: {len(value)} numbers for {count} models"
+        return None if math.fsum(value) else f"coefficients {list(value)} sum to zero: there is no such average"
+    if name in ARRAYS and value is not None:
+        return f"{name} is for callers of the library: leave it out here"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return None
+    return f"{name} must be one number or word, not {value!r}"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def matcher(pattern: str) -> re.Pattern[str]:
@@ -131,21 +160,24 @@ def matcher(pattern: str) -> re.Pattern[str]:
 def parse_config(fields: Mapping[str, Any], source: str) -> MergeConfig:
     """A validated config from plain data; RefusedError names the source and every bad field."""
     try:
-        config = MergeConfig(**fields)
+        config = MergeConfig.model_validate(fields)
+        problems = config.problems()
     except ValidationError as error:
-        allowed = ", ".join(MergeConfig.model_fields)
-        raise RefusedError(
-            f"{source}: {'.'.join(map(str, e['loc']))}: "
-            + (
-                f"no such setting; there are {allowed}"
-                if e["type"] == "extra_forbidden"
-                else e["msg"].removeprefix("Value error, ")
-            )
-            for e in error.errors()
-        ) from None
-    if problems := config.problems():
+        problems = [describe_field(e["loc"], e["type"], e["msg"]) for e in error.errors()]
+        wrong = {e["loc"][0] for e in error.errors()}
+        if not wrong & {"models", "method", "base"}:  # the other settings are judged by these
+            problems += MergeConfig.model_validate({k: v for k, v in fields.items() if k not in wrong}).problems()
+    if problems:
         raise RefusedError(f"{source}: {problem}" if source != "command line" else problem for problem in problems)
     return config
+
+
+def describe_field(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    """One sentence on a field that pydantic does not take."""
+    if kind == "extra_forbidden":
+        known = Override.model_fields if len(location) > 1 else MergeConfig.model_fields
+        message = f"no such setting; there are {', '.join(known)}"
+    return f"{'.'.join(map(str, location))}: {message.removeprefix('Value error, ')}"
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

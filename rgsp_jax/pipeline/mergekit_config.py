@@ -11,6 +11,14 @@ from rgsp_jax.errors import RefusedError
 METHODS = {"linear": "average", "slerp": "slerp"}
 IGNORED = {"tokenizer_source", "tokenizer", "chat_template", "name"}
 """Settings that do not change the weights; the tokenizer copied is the first model's."""
+PARAMETERS = {"linear": frozenset({"weight", "normalize"}), "slerp": frozenset({"t"})}
+SOURCE_PARAMETERS = {"linear": frozenset({"weight"}), "slerp": frozenset[str]()}
+LAYERS = "(layers?|h|blocks?)"
+AFTER_LAYERS = (
+    r"(?!.*embed(?!_out))(.*\.)?(norm|final_norm|final_layernorm|final_layer_norm|ln_f|ln_post|post_layernorm|lm_head"
+    r"|embed_out|head|pooler|cls|classifier|score|qa_outputs)(\.|$)"
+)
+"""Modules that stand behind the last layer, in the families of transformers."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 KNOWN = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype"} | IGNORED
 
@@ -22,17 +30,22 @@ def is_mergekit(fields: Mapping[str, Any]) -> bool:
 
 def translate(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Fields of a MergeConfig from a mergekit config; RefusedError lists everything that has no counterpart here."""
-    problems = [f"{source}: mergekit setting {key!r} has no counterpart here" for key in fields if key not in KNOWN]
+    problems = [f"mergekit setting {key!r} has no counterpart here" for key in fields if key not in KNOWN]
     method = fields["merge_method"]
-    if method not in METHODS:
-        problems.append(f"{source}: merge_method {method!r} has no counterpart here; there are {', '.join(METHODS)}")
+    sources: list[Mapping[str, Any]] = []
     try:
         sources = read_sources(fields)
     except ValueError as error:
-        problems.append(f"{source}: {error}")
-        sources = []
+        problems.append(str(error))
+    if isinstance(method, str) and method in METHODS:
+        problems += find_unknown_parameters(method, fields.get("parameters"), PARAMETERS[method], "parameters")
+        for entry in sources:
+            where = f"parameters of {entry['model']}"
+            problems += find_unknown_parameters(method, entry.get("parameters"), SOURCE_PARAMETERS[method], where)
+    else:
+        problems.append(f"merge_method {method!r} has no counterpart here; there are {', '.join(METHODS)}")
     if problems:
-        raise RefusedError(problems)
+        raise RefusedError(f"{source}: {problem}" for problem in problems)
     try:
         translated = {"linear": translate_linear, "slerp": translate_slerp}[method](fields, sources)
     except ValueError as error:
@@ -41,19 +54,35 @@ def translate(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {"method": METHODS[method], **translated, **({"dtype": dtype} if dtype else {})}
 
 
+def find_unknown_parameters(method: str, parameters: Any, known: frozenset[str], where: str) -> list[str]:
+    """One sentence for each parameter that would be left out of account."""
+    if parameters is None:
+        return []
+    if not isinstance(parameters, Mapping):
+        return [f"{where} must be a mapping, not {parameters!r}"]
+    return [f"{where}: {key!r} of {method} has no counterpart here" for key in parameters if key not in known]
+
+
 def read_sources(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The models with their own parameters; slices must take every layer of every model once."""
     models = fields.get("models")
     if slices := fields.get("slices"):
-        if models or len(slices) != 1:
-            raise ValueError("only whole models are merged here; give one slice over all layers, or `models`")
-        models = slices[0].get("sources", [])
-        for entry in models:
-            first, last = entry.get("layer_range", (0, None))
-            if first != 0 or (last is not None and last != layer_count(entry["model"])):
-                raise ValueError(f"layer_range {[first, last]} of {entry['model']} does not span the whole model")
+        whole = isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], Mapping)
+        if models or not whole or slices[0].keys() != {"sources"}:
+            raise ValueError("only whole models are merged here; give one slice of `sources` alone, or `models`")
+        models = slices[0]["sources"]
     if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("model"), str) for m in models):
         raise ValueError("`models` must be a list of entries with a `model`")
+    unknown = sorted({str(key) for entry in models for key in entry} - {"model", "parameters", "layer_range"})
+    if unknown:
+        raise ValueError(f"settings {', '.join(unknown)} of a model have no counterpart here")
+    for entry in models:
+        layers = layer_count(entry["model"])
+        if "layer_range" in entry and (layers is None or entry["layer_range"] != [0, layers]):
+            raise ValueError(
+                f"layer_range {entry['layer_range']} of {entry['model']} does not span the whole model"
+                + (f", which has {layers} layers" if layers is not None else ": no config.json there says how many")
+            )
     return [{**entry, "model": locate(entry["model"])} for entry in models]
 
 
@@ -69,27 +98,32 @@ def layer_count(model: str) -> int | None:
         config = json.loads((Path(model) / "config.json").read_text())
     except (OSError, ValueError):
         return None
+    if not isinstance(config, dict):
+        return None
     keys = ("num_hidden_layers", "n_layer", "num_layers")
     return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
 
 
 def translate_linear(fields: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`weight` of every model; they are divided by their sum, as mergekit does by default."""
+    models = [entry["model"] for entry in sources]
+    if (base := locate_base(fields)) not in (None, *models):
+        raise ValueError(f"base_model {base} is not among the models of a linear merge: list it there with its weight")
     common = fields.get("parameters") or {}
-    if common.get("normalize", True) is False:
-        raise ValueError("normalize: false has no counterpart here: `average` divides the weights by their sum")
+    if common.get("normalize", True) is not True:
+        raise ValueError("only normalize: true has a counterpart here: `average` divides the weights by their sum")
     weights = [(entry.get("parameters") or {}).get("weight", common.get("weight", 1.0)) for entry in sources]
-    if not all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in weights):
+    if not all(map(is_number, weights)):
         raise ValueError(
             "linear: `weight` must be one number for each model; gradients over layers have no counterpart"
         )
-    return {"models": [e["model"] for e in sources], "hyperparameters": {"coefficients": [float(w) for w in weights]}}
+    return {"models": models, "hyperparameters": {"coefficients": [float(w) for w in weights]}}
 
 
 def translate_slerp(fields: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`t`: a number, a gradient over the layers, or a list of either behind filters on the tensor's name."""
     models = [entry["model"] for entry in sources]
-    base = locate(fields["base_model"]) if fields.get("base_model") else None
+    base = locate_base(fields)
     if base is not None and base not in models:
         models = [base, *models]
     if len(models) != 2:
@@ -99,37 +133,54 @@ def translate_slerp(fields: Mapping[str, Any], sources: Sequence[Mapping[str, An
     setting = (fields.get("parameters") or {}).get("t")
     if setting is None:
         raise ValueError("slerp needs parameters: t")
-    conditions = (
-        setting if isinstance(setting, list) and setting and isinstance(setting[0], dict) else [{"value": setting}]
-    )
+    filtered = isinstance(setting, list) and any(isinstance(entry, Mapping) for entry in setting)
+    conditions = setting if filtered else [{"value": setting}]
+    if not all(isinstance(c, Mapping) and c.keys() <= {"filter", "value"} and "value" in c for c in conditions):
+        raise ValueError("t must be a number, a list of numbers, or a list of entries with `filter` and `value`")
+    if all(is_narrow(condition) for condition in conditions):
+        raise ValueError("t has no value for tensors that no filter matches: end the list with an entry without filter")
     layers = layer_count(models[0])
     overrides: list[dict[str, Any]] = []
     for condition in reversed(conditions):  # there the first match decides, here the last
-        overrides += override_by_layer(condition.get("filter"), condition.get("value"), layers)
+        needle = re.escape(str(condition["filter"])) if is_narrow(condition) else ""
+        overrides += override_by_layer(needle, condition["value"], layers)
     return {"models": models, "overrides": overrides}
 
 
-def override_by_layer(condition: str | None, value: Any, layers: int | None) -> list[dict[str, Any]]:
+def locate_base(fields: Mapping[str, Any]) -> str | None:
+    base = fields.get("base_model")
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"base_model must be one path or name, not {base!r}")
+    return locate(base) if base else None
+
+
+def is_narrow(condition: Mapping[str, Any]) -> bool:
+    """True for an entry that only some tensors match."""
+    return condition.get("filter") not in (None, "*")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def override_by_layer(needle: str, value: Any, layers: int | None) -> list[dict[str, Any]]:
     """Overrides of t for one condition: tensors before the layers get the gradient's start, after them its end."""
-    needle = "" if condition in (None, "*") else re.escape(str(condition))
 
     def override(pattern: str, t: float) -> dict[str, Any]:
         return {"pattern": f"re:{pattern}", "hyperparameters": {"t": float(t)}}
 
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if is_number(value):
         return [override(needle, value)]
-    if not isinstance(value, list) or not value or not all(isinstance(x, (int, float)) for x in value):
+    if not isinstance(value, list) or not value or not all(map(is_number, value)):
         raise ValueError(f"t must be a number or a list of numbers, not {value!r}")
     if layers is None:
         raise ValueError("a gradient over layers needs a config.json that says how many there are")
-    has = f"(?=.*{needle})" if needle else ""
-    last = "(norm|ln_f|lm_head|final)" if not needle else f"(?=.*{needle}).*(norm|ln_f|lm_head|final)"
-    outside = [override(needle, value[0]), override(f"^{last}|^model\\.{last}", value[-1])]
+    has = f"^(?=.*{needle})" if needle else "^"
     inside = [
-        override(rf"^{has}.*(layers?|h|blocks?)\.{i}\.", interpolate(value, i / (layers - 1) if layers > 1 else 1.0))
+        override(rf"{has}(.*\.)?{LAYERS}\.{i}\.", interpolate(value, i / (layers - 1) if layers > 1 else 1.0))
         for i in range(layers)
     ]
-    return outside + inside
+    return [override(needle, value[0]), override(has + AFTER_LAYERS, value[-1]), *inside]
 
 
 def interpolate(values: Sequence[float], position: float) -> float:
