@@ -18,11 +18,10 @@ def svd_stats(svds: Sequence[TruncatedSVD], active_rank: Array | int | None) -> 
     The overlap of i and j is the mean of |U_i^T U_j|_F^2 / r and |V_i^T V_j|_F^2 / r: 1 where they coincide.
     """
     residual = jnp.stack([d.residual for d in svds])
-    rank = svds[0].s.shape[0] if active_rank is None else active_rank
-    overlap = jnp.stack(
-        [
-            jnp.stack([(subspace_overlap(i.u, j.u, rank) + subspace_overlap(i.v, j.v, rank)) / 2 for j in svds])
-            for i in svds
-        ]
-    )
+
+    def share(i: TruncatedSVD, j: TruncatedSVD) -> Array:
+        left, right = (subspace_overlap(x, y, active_rank=active_rank) for x, y in ((i.u, j.u), (i.v, j.v)))
+        return (left + right) / 2
+
+    overlap = jnp.stack([jnp.stack([share(i, j) for j in svds]) for i in svds])
     return {"residual": residual, "svd_inexact": ~(residual.max() <= SVD_TOLERANCE), "subspace_overlap": overlap}
