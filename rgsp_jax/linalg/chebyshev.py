@@ -1,0 +1,122 @@
+"""Chebyshev-filtered subspace iteration for the leading right singular vectors: matrix products and small QRs only.
+
+Zhou & Saad, SIAM J. Matrix Anal. Appl. 29 (2007), for the scaled filter on a^T a.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from rgsp_jax.linalg.dense import matmul, scale_columns
+
+_MAX_ROUNDS = 20
+_MAX_DEGREE = 10
+_SEED = 21
+
+
+class _Round(NamedTuple):
+    v: Float[Array, "n p"]
+    s: Float[Array, "p"]
+    error: Float[Array, ""]
+    count: Int[Array, ""]
+
+
+def subspace_size(rank: int, n: int) -> int:
+    """Columns iterated for `rank` triples: as many spare ones buy more on slow decay than further iterations."""
+    return min(n, 2 * rank + 8)
+
+
+def filtered_subspace(
+    a: Float[Array, "m n"], at: Float[Array, "n m"], rank: int, tolerance: float
+) -> Float[Array, "n r"]:
+    """Right singular vectors of the tall matrix a, to `tolerance` relative to s_1 or to the round limit."""
+    n = a.shape[1]
+    start = jax.random.normal(jax.random.key(_SEED), (n, subspace_size(rank, n)), a.dtype)
+    start = orthonormalise(matmul(at, matmul(a, orthonormalise(start))))
+
+    def rayleigh_ritz(v: Array, count: Array) -> _Round:
+        q, triangle = _qr(matmul(a, v))
+        left, s, right_t = jnp.linalg.svd(triangle)
+        u, v = matmul(q, left), matmul(v, right_t.T)
+        residual = matmul(at, u[:, :rank]) - scale_columns(v[:, :rank], s[:rank])
+        error = jnp.max(jnp.linalg.norm(residual, axis=0)) / jnp.where(s[0] > 0, s[0], 1)
+        return _Round(v, s, error, count)
+
+    def unfinished(state: _Round) -> Array:
+        return (state.count < _MAX_ROUNDS) & (state.error > tolerance)
+
+    def run_round(state: _Round) -> _Round:
+        filtered = _filter(a, at, state.v, state.s, rank)
+        return rayleigh_ritz(orthonormalise(filtered), state.count + 1)
+
+    return lax.while_loop(unfinished, run_round, rayleigh_ritz(start, jnp.asarray(0))).v[:, :rank]
+
+
+def _filter(a: Array, at: Array, v: Array, s: Array, rank: int) -> Array:
+    """A Chebyshev polynomial of a^T a applied to v, small on [0, s_p^2] and 1 at s_1^2.
+
+    Its degree is bounded so that s_1 outgrows s_rank by no more than float32 can still separate.
+    """
+    smallest = jnp.finfo(s.dtype).tiny
+    top = jnp.maximum(s[0] ** 2, smallest)
+    half = jnp.maximum(s[-1] ** 2, jnp.finfo(s.dtype).eps * top) / 2
+    growth = jnp.log(_growth(top / half - 1) / _growth(jnp.maximum(s[rank - 1] ** 2 / half - 1, 1)))
+    headroom = -0.5 * jnp.log(jnp.asarray(jnp.finfo(s.dtype).eps, s.dtype))
+    degree = jnp.clip(jnp.floor(headroom / jnp.maximum(growth, smallest)), 2, _MAX_DEGREE).astype(jnp.int32)
+
+    def operator(x: Array) -> Array:
+        return matmul(at, matmul(a, x)) / half - x
+
+    first = 1 / (top / half - 1)
+
+    def step(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        before, now, ratio = state
+        next_ratio = 1 / (2 / first - ratio)
+        return now, 2 * next_ratio * operator(now) - ratio * next_ratio * before, next_ratio
+
+    return lax.fori_loop(1, degree, step, (v, first * operator(v), first))[1]
+
+
+def _growth(x: Array) -> Array:
+    """Growth per degree of a Chebyshev polynomial at x >= 1."""
+    return x + jnp.sqrt(jnp.maximum(x * x - 1, 0))
+
+
+def orthonormalise(x: Float[Array, "m p"]) -> Float[Array, "m p"]:
+    """Orthonormal columns spanning x's, completed where x is rank deficient."""
+    return _qr(x)[0]
+
+
+def _qr(x: Float[Array, "m p"]) -> tuple[Float[Array, "m p"], Float[Array, "p p"]]:
+    return lax.platform_dependent(x, cpu=_householder_qr, default=cholesky_qr)
+
+
+def _householder_qr(x: Array) -> tuple[Array, Array]:
+    q, r = jnp.linalg.qr(x)
+    return q, r
+
+
+def cholesky_qr(x: Float[Array, "m p"]) -> tuple[Float[Array, "m p"], Float[Array, "p p"]]:
+    """CholeskyQR2 on column-scaled x, Householder QR where that breaks down.
+
+    Householder QR is a chain of small steps, slow on accelerators. Fukaya et al., ScalA 2014.
+    """
+    norms = jnp.linalg.norm(x, axis=0, keepdims=True)
+    norms = jnp.where(norms > 0, norms, 1)
+    q, first = _cholesky_round(x / norms)
+    q, second = _cholesky_round(q)
+    r = matmul(second, first) * norms
+    gap = jnp.max(jnp.abs(matmul(q.T, q) - jnp.eye(q.shape[1], dtype=q.dtype)))
+    # Not lax.cond, which under vmap would run the Householder QR for every lane.
+    done = gap <= 100 * float(jnp.finfo(x.dtype).eps)
+    _, q, r = lax.while_loop(lambda c: ~c[0], lambda _: (jnp.asarray(True), *_householder_qr(x)), (done, q, r))
+    return q, r
+
+
+def _cholesky_round(x: Array) -> tuple[Array, Array]:
+    lower = jnp.linalg.cholesky(matmul(x.T, x))
+    q = lax.linalg.triangular_solve(lower, x, left_side=False, lower=True, transpose_a=True)
+    return q, lower.T

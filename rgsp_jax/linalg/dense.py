@@ -1,0 +1,46 @@
+"""Dense pieces that the factorisations share, all at full float32 precision on every platform."""
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+# The default precision is bfloat16 passes on TPU and TF32 on GPU: Gram matrices and Rayleigh-Ritz need all the bits.
+matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x in the dtype that kernels compute in: float64 stays, every narrower float becomes float32."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def transposed(a: Float[Array, "m n"]) -> Float[Array, "n m"]:
+    """`a.T` laid out in memory: XLA on CPU multiplies by a transposed operand several times slower than by a copy."""
+    return lax.optimization_barrier(a.T)
+
+
+def scale_columns(x: Float[Array, "m r"], factors: Float[Array, "r"]) -> Float[Array, "m r"]:
+    """`x diag(factors)`."""
+    return x * factors[None, :]
+
+
+def orthonormalise_by_newton_schulz(x: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    """One Newton-Schulz step, x (3 I - x^T x) / 2: squares the orthogonality error of a nearly orthonormal x."""
+    identity = jnp.eye(x.shape[1], dtype=x.dtype)
+    return matmul(x, 1.5 * identity - 0.5 * matmul(x.T, x))
+
+
+def project_out(basis: Float[Array, "m k"], x: Float[Array, "m b"]) -> Float[Array, "m b"]:
+    """`(I - basis basis^T) x` for orthonormal (or zero) columns of basis."""
+    return x - matmul(basis, matmul(basis.T, x))
+
+
+def power_of_two_scale(x: Float[Array, "m n"]) -> Float[Array, ""]:
+    """A power of two within 2 of max |x|, 1 for the zero matrix: dividing by it is exact and keeps squares in range."""
+    largest = jnp.max(jnp.abs(x))
+    limits = jnp.finfo(x.dtype)
+    # Both the scale and its reciprocal have to be normal numbers.
+    bounded = jnp.clip(largest, 4 * float(limits.tiny), float(limits.max) / 8)
+    rounded = lax.reduce_precision(bounded, exponent_bits=limits.nexp, mantissa_bits=0)
+    return jnp.where(largest > 0, rounded, 1)

@@ -1,0 +1,135 @@
+"""Orthogonal polar factor of one matrix, as a partial isometry, with its derivative."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from rgsp_jax.linalg.dense import (
+    matmul,
+    orthonormalise_by_newton_schulz,
+    power_of_two_scale,
+    project_out,
+    scale_columns,
+    transposed,
+    widen,
+)
+
+_MAX_POLISH = 12
+
+
+class _Polar(NamedTuple):
+    """The factor, with the eigenvectors and square-rooted eigenvalues of x^T x that its derivative divides by.
+
+    The latter two only ever enter the solution of a linear equation, never the equation, so they carry no tangent.
+    """
+
+    factor: Float[Array, "m q"]
+    v: Float[Array, "q q"]
+    s: Float[Array, "q"]
+
+
+def polar_factor(x: Float[Array, "m q"]) -> Float[Array, "m q"]:
+    """The orthogonal polar factor `x (x^T x)^(-1/2)`, with the pseudo-inverse: `u v^T` over the singular triples of x.
+
+    Directions whose singular value is at most sqrt(eps) of the largest contribute zero, so a rank-deficient x gives
+    a partial isometry (`y^T y` a projector), never an arbitrary completion, and the zero matrix gives zero. Any shape;
+    computed in float32 for 16-bit and float32 input. A matrix with non-finite entries gives all NaN.
+
+    Derivatives, forward and reverse, of any order, are those at fixed rank: finite at equal singular values, which
+    enter as 1 / (s_i + s_j) only. Between kept and dropped directions the dropped ones count as exactly zero.
+
+    Raises:
+      ValueError: x is not a matrix of floats.
+
+    Higham, Functions of Matrices (SIAM 2008), chapter 8, for the factor and the Newton-Schulz polish.
+    """
+    x = jnp.asarray(x)
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"polar_factor takes a matrix of floats, got {x.dtype}{list(x.shape)}")
+    return _any_shape(widen(x))
+
+
+@jax.jit
+def _any_shape(x: Array) -> Array:
+    finite = jnp.all(jnp.isfinite(x))
+    x = jnp.where(finite, x, 0)
+    x = x / lax.stop_gradient(power_of_two_scale(x))
+    factor = _tall(x).factor if x.shape[0] >= x.shape[1] else _tall(x.T).factor.T
+    return jnp.where(finite, factor, jnp.nan)
+
+
+@jax.custom_jvp
+def _tall(x: Array) -> _Polar:
+    eigenvalues, v = jnp.linalg.eigh(matmul(transposed(x), x), symmetrize_input=False)
+    cutoff = math.sqrt(float(jnp.finfo(x.dtype).eps))
+    s = jnp.sqrt(jnp.maximum(eigenvalues, 0))
+    kept = s > cutoff * s[-1]
+    s = jnp.where(kept, s, 0)
+    xv = matmul(x, v)
+    norms = jnp.linalg.norm(xv, axis=0)
+    u = _polish(scale_columns(xv, jnp.where(kept, 1 / jnp.where(kept, norms, 1), 0)))
+    # The eigenvectors carry the rounding of the squared matrix. The factor is the one y for which y^T x is
+    # symmetric: one Newton step towards that, with x itself, takes the error from eps k^2 to eps k, k the condition.
+    product = matmul(u.T, xv)
+    total = s[:, None] + s[None, :]
+    turn = jnp.where(total > 0, (product - product.T) / jnp.where(total > 0, total, 1), 0)
+    factor = matmul(u + matmul(u, turn), v.T)
+    return _Polar(orthonormalise_by_newton_schulz(factor), v, s)
+
+
+def _polish(u: Array) -> Array:
+    """Newton-Schulz until orthonormal; zero columns stay zero."""
+    kept = jnp.any(u != 0, axis=0).astype(u.dtype)
+    goal = 32 * float(jnp.finfo(u.dtype).eps)
+
+    def gram_of(u: Array) -> Array:
+        return matmul(u.T, u)
+
+    # Newton-Schulz converges from singular values under sqrt(3).
+    bound = jnp.max(jnp.sum(jnp.abs(gram_of(u)), axis=0))
+    u = u * jnp.minimum(1, jnp.sqrt(2.5 / jnp.maximum(bound, 1)))
+
+    def unfinished(state: tuple[Array, Array]) -> Array:
+        u, count = state
+        return (count < _MAX_POLISH) & (jnp.max(jnp.abs(gram_of(u) - jnp.diag(kept))) > goal)
+
+    return lax.while_loop(
+        unfinished, lambda state: (orthonormalise_by_newton_schulz(state[0]), state[1] + 1), (u, jnp.asarray(0))
+    )[0]
+
+
+@_tall.defjvp
+def _tall_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[_Polar, _Polar]:
+    """With h = sym(y^T x): `dy = y t + (I - y y^T) dx h^+`, where `h t + t h = y^T dx - dx^T y`."""
+    (x,), (dx,) = primals, tangents
+    polar = _tall(x)
+    y, v, s = polar
+    h = matmul(y.T, x)
+    h = (h + h.T) / 2
+    support = matmul(y.T, y)
+    dropped = jnp.eye(y.shape[1], dtype=y.dtype) - support
+    total = s[:, None] + s[None, :]
+    total = jnp.where(total > 0, total, 1)
+
+    def lyapunov(t: Array) -> Array:
+        return matmul(h, t) + matmul(t, h) + matmul(dropped, matmul(t, dropped))
+
+    def solve_lyapunov(_, b: Array) -> Array:
+        return matmul(v, matmul(matmul(v.T, matmul(b, v)) / total, v.T))
+
+    def times_h(z: Array) -> Array:
+        return matmul(z, h + dropped)
+
+    def divide_by_h(_, b: Array) -> Array:
+        return matmul(scale_columns(matmul(b, v), 1 / jnp.where(s > 0, s, 1)), v.T)
+
+    skew = matmul(y.T, dx)
+    skew = skew - skew.T
+    turn = lax.custom_linear_solve(lyapunov, skew, solve_lyapunov, symmetric=True)
+    leaving = lax.custom_linear_solve(times_h, project_out(y, dx), divide_by_h, symmetric=True)
+    dy = matmul(y, turn) + matmul(leaving, support)
+    return polar, _Polar(dy, jnp.zeros_like(v), jnp.zeros_like(s))

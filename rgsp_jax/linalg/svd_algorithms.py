@@ -1,0 +1,188 @@
+"""Truncated SVD algorithms for one tall matrix, and the choice among them.
+
+An algorithm maps a `Problem` to an `Attempt`: it may fail, but it has to know. `factorise` replaces a failed attempt
+by the full SVD, so a tolerance that was missed costs time and never accuracy.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from rgsp_jax.linalg.block_lanczos import BLOCK, basis_size, golub_kahan_subspace
+from rgsp_jax.linalg.chebyshev import filtered_subspace
+from rgsp_jax.linalg.dense import matmul, orthonormalise_by_newton_schulz, power_of_two_scale, scale_columns, transposed
+
+# Two singular values nearer than this, relative to the largest, count as one to a Krylov space.
+_MULTIPLICITY_GAP = 1e-4
+
+
+class Problem(NamedTuple):
+    """A tall matrix of entries up to 1, its transpose laid out in memory, and what is asked of the factors."""
+
+    a: Float[Array, "m n"]
+    at: Float[Array, "n m"]
+    rank: int
+    tolerance: float
+
+
+class Factors(NamedTuple):
+    """Singular triples, descending, with each one's residual relative to the largest singular value."""
+
+    u: Float[Array, "m r"]
+    s: Float[Array, "r"]
+    v: Float[Array, "n r"]
+    residuals: Float[Array, "r"]
+
+
+class Attempt(NamedTuple):
+    factors: Factors
+    trusted: Bool[Array, ""]
+    """False where the algorithm may have missed a singular value, whatever the residuals say."""
+
+
+Algorithm = Callable[[Problem], Attempt]
+
+
+def factorise(w: Float[Array, "m n"], rank: int, algorithm: str, tolerance: float) -> Factors:
+    """The `rank` leading singular triples of w, signed by SPEC R1; all NaN where w is not finite.
+
+    Args:
+      w: matrix in float32 or float64.
+      rank: static, 1..min(m, n).
+      algorithm: a key of `ALGORITHMS`, or "auto".
+      tolerance: residual, relative to s_1, above which the full SVD replaces the answer.
+    """
+    finite = jnp.all(jnp.isfinite(w))
+    scale = power_of_two_scale(jnp.where(finite, w, 0))
+    scaled = jnp.where(finite, w / scale, 0)
+    wide = w.shape[0] < w.shape[1]
+    problem = Problem(
+        a=transposed(scaled) if wide else scaled,
+        at=scaled if wide else transposed(scaled),
+        rank=rank,
+        tolerance=max(tolerance, 64 * float(jnp.finfo(w.dtype).eps)),
+    )
+    factors = _attempt_then_fall_back(problem, algorithm)
+    u, s, v = factors.u, factors.s * scale, factors.v
+    if wide:
+        u, v = v, u
+    sign = _canonical_signs(u)
+    factors = Factors(u * sign, s, v * sign, factors.residuals)
+    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), factors)
+
+
+def _attempt_then_fall_back(problem: Problem, algorithm: str) -> Factors:
+    if algorithm == "auto":
+        choice = choose_algorithms(problem)
+        if len(set(choice.values())) > 1:
+            return lax.platform_dependent(**{platform: _attempt(problem, name) for platform, name in choice.items()})
+        algorithm = choice["cpu"]
+    return _attempt(problem, algorithm)()
+
+
+def _attempt(problem: Problem, algorithm: str) -> Callable[[], Factors]:
+    def run() -> Factors:
+        factors, trusted = ALGORITHMS[algorithm](problem)
+        if algorithm == "full":
+            return factors
+        done = trusted & (jnp.max(factors.residuals) <= problem.tolerance)
+        # A loop of at most one turn, not lax.cond: under vmap a cond runs both branches for every lane, the loop
+        # runs its body only if some lane needs it.
+        _, factors = lax.while_loop(
+            lambda carry: ~carry[0], lambda _: (jnp.asarray(True), full(problem).factors), (done, factors)
+        )
+        return factors
+
+    return run
+
+
+def full(problem: Problem) -> Attempt:
+    """The platform's own SVD, truncated."""
+    u, _, vt = jnp.linalg.svd(problem.a, full_matrices=False)
+    return Attempt(_finish(problem, u[:, : problem.rank], vt[: problem.rank].T), jnp.asarray(True))
+
+
+def gram(problem: Problem) -> Attempt:
+    """Eigenvectors of a^T a, then Rayleigh-Ritz on a itself, which gives back the digits that the squaring costs.
+
+    What it cannot give back: directions whose eigenvalue drowns in the rounding of s_1^2.
+    """
+    _, eigenvectors = jnp.linalg.eigh(matmul(problem.at, problem.a), symmetrize_input=False)
+    factors = _rayleigh_ritz(problem, eigenvectors[:, ::-1][:, : problem.rank])
+    cutoff = 30 * math.sqrt(float(jnp.finfo(problem.a.dtype).eps))
+    trusted = (factors.s[-1] >= cutoff * factors.s[0]) | (factors.s[0] == 0)
+    return Attempt(factors, trusted)
+
+
+def lanczos(problem: Problem) -> Attempt:
+    """Block Golub-Kahan-Lanczos with full reorthogonalisation and thick restarts."""
+    a, at, rank, tolerance = problem
+    v, ritz_values = golub_kahan_subspace(a, at, rank, tolerance)
+    # A Krylov space grown from BLOCK vectors holds at most BLOCK copies of a repeated singular value, each with a
+    # perfect residual: where that many came out, and smaller values after them, more copies may be missing.
+    count = max(rank - BLOCK, 0)
+    first, last = ritz_values[:count], ritz_values[BLOCK - 1 : BLOCK - 1 + count]
+    missed = (first - last <= _MULTIPLICITY_GAP * ritz_values[0]) & (first > tolerance * ritz_values[0])
+    return Attempt(_rayleigh_ritz(problem, v), ~jnp.any(missed))
+
+
+def subspace(problem: Problem) -> Attempt:
+    """Chebyshev-filtered subspace iteration: matrix products only."""
+    v = filtered_subspace(problem.a, problem.at, problem.rank, problem.tolerance)
+    return Attempt(_rayleigh_ritz(problem, v), jnp.asarray(True))
+
+
+ALGORITHMS: dict[str, Algorithm] = {"full": full, "gram": gram, "lanczos": lanczos, "subspace": subspace}
+
+
+def choose_algorithms(problem: Problem) -> dict[str, str]:
+    """The algorithm per platform, by shape, rank and tolerance; the thresholds are where the benchmark's curves cross
+    (`python -m experiments.benchmarks.svd`)."""
+    n, rank = problem.a.shape[1], problem.rank
+    small = n <= 64
+    basis = basis_size(rank)
+    cpu = "full"
+    if not small and basis <= n // 2:
+        cpu = "lanczos"
+    elif not small and n <= 1024:
+        cpu = "gram"
+    accelerator = "full"
+    if not small and n <= 512:
+        accelerator = "gram"
+    elif not small and 4 * rank <= n:
+        accelerator = "subspace"
+    return {"cpu": cpu, "default": accelerator}
+
+
+def _rayleigh_ritz(problem: Problem, v: Float[Array, "n r"]) -> Factors:
+    """Best singular triples with right vectors in the span of v (orthonormal columns)."""
+    q, triangle = jnp.linalg.qr(matmul(problem.a, v))
+    left, _, right_t = jnp.linalg.svd(triangle)
+    return _finish(problem, matmul(q, left), matmul(v, right_t.T))
+
+
+def _finish(problem: Problem, u: Float[Array, "m r"], v: Float[Array, "n r"]) -> Factors:
+    """Polish nearly singular vectors, take s_i = u_i^T a v_i and measure both residuals."""
+    u, v = orthonormalise_by_newton_schulz(u), orthonormalise_by_newton_schulz(v)
+    av, atu = matmul(problem.a, v), matmul(problem.at, u)
+    s = jnp.maximum(jnp.sum(u * av, axis=0), 0)
+    residuals = jnp.maximum(
+        jnp.linalg.norm(av - scale_columns(u, s), axis=0), jnp.linalg.norm(atu - scale_columns(v, s), axis=0)
+    )
+    largest = jnp.max(s)
+    residuals = residuals / jnp.where(largest > 0, largest, 1)
+    order = jnp.argsort(s, descending=True, stable=True)
+    return Factors(u[:, order], s[order], v[:, order], residuals[order])
+
+
+def _canonical_signs(u: Float[Array, "m r"]) -> Float[Array, "1 r"]:
+    """+-1 per column so that its largest entry becomes positive; entries equal up to rounding tie, the first counts."""
+    size = jnp.abs(u)
+    near = size >= (1 - 16 * float(jnp.finfo(u.dtype).eps)) * jnp.max(size, axis=0, keepdims=True)
+    largest = jnp.take_along_axis(u, jnp.argmax(near, axis=0)[None, :], axis=0)
+    return jnp.where(largest < 0, -1, 1).astype(u.dtype)
