@@ -129,11 +129,12 @@ def _draw_line(axes, line: Line, axis: LayerAxis, *, order: int, count: int, flo
     depth = order / max(count - 1, 1) if few else 0.5
     dashes = _DASHES[order if few else line.style // len(_SERIES) % len(_DASHES)]
     size = (6.0 if len(x) <= 16 else 4.5 if len(x) <= 40 else 0.0) * (1 - depth / 3)
+    width = (2.4 - 0.9 * depth) * (1.0 if len(x) <= 40 else 0.7)
     for start, stop in zip((0, *axis.breaks), (*axis.breaks, len(x)), strict=True):
         part = slice(start, stop)
         lone = np.isfinite(middle[part]).sum() == 1
         marks = {"marker": marker, "markersize": max(size, 4.0) if lone else size, "markeredgewidth": 0}
-        axes.plot(x[part], middle[part], color=color, linewidth=2.4 - 0.9 * depth, linestyle=dashes, **marks)
+        axes.plot(x[part], middle[part], color=color, linewidth=width, linestyle=dashes, **marks)
         if np.nanmax(highest[part] - lowest[part], initial=0.0) > 0:
             axes.fill_between(
                 x[part], lowest[part], highest[part], color=color, alpha=max(0.05, 0.32 / max(count, 2)), linewidth=0
@@ -222,7 +223,9 @@ def draw_heat_map(
         for j, value in enumerate(row):
             _draw_cell(axes, value, (left + j * cell, top + i * side, cell, side), highest, numbered=numbered)
     for i, text in enumerate(rows):
-        axes.text(left - 6, top + (i + 0.5) * side, text, color=_MUTED, ha="right", va="center", fontsize=9)
+        axes.text(
+            left - 6, top + (i + 0.5) * side, text, color=_MUTED, ha="right", va="center", fontsize=min(9, 0.8 * side)
+        )
     for j, text in enumerate(columns):
         turn = {"rotation": 35, "ha": "left", "va": "bottom"} if slanted else {"ha": "center", "va": "bottom"}
         axes.text(left + (j + (0.3 if slanted else 0.5)) * cell, top - 5, text, color=_MUTED, fontsize=9, **turn)
