@@ -9,7 +9,7 @@ from checkpoint.builders import raw_file, same_bytes, sample_tensors
 from rgsp_jax.checkpoint import DTYPES, open_checkpoint, write_safetensors
 from rgsp_jax.errors import RefusedError
 
-SETTINGS = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
