@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rgsp_jax.demo import DemoResult, DemoSettings, run
@@ -27,7 +28,8 @@ def show_demo(result: DemoResult) -> None:
         highlight=False,
     )
     reports = [row.model / "report.html" for row in result.rows if row.model is not None]
-    console.print(f"models and reports are in {result.directory}; for one, open {reports[-1]}", soft_wrap=True)
+    where, one = escape(str(result.directory)), escape(str(reports[-1]))
+    console.print(f"models and reports are in {where}; for one, open {one}", highlight=False, soft_wrap=True)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -49,7 +50,7 @@ def progress_bars() -> Iterator[OnProgress | None]:
                 tasks[stage] = bars.add_task(STAGES[stage], total=total, tensors=0, name="")
                 seen[stage] = set()
             seen[stage].update(names)
-            last = names[-1] if names else ""
+            last = escape(names[-1]) if names else ""
             bars.update(tasks[stage], advance=done, tensors=len(seen[stage]), name=last)
 
         yield advance
@@ -58,8 +59,11 @@ def progress_bars() -> Iterator[OnProgress | None]:
 def show_plan(description: Mapping[str, Any]) -> None:
     """What a merge would do."""
     console = Console()
-    models = ", ".join(description["models"])
-    console.print(f"[bold]{description['method']}[/] of {models}", highlight=False)
+    console.print(f"[bold]{description['method']}[/] of", highlight=False)
+    for model in description["models"]:
+        console.print(f"  {escape(model)}", highlight=False, soft_wrap=True)
+    if description["base"] is not None:
+        console.print(f"  on {escape(description['base'])}", highlight=False, soft_wrap=True)
     table = Table("rule", "method", "tensors", "parameters", title="Tensors by rule", title_justify="left")
     for row in description["rules"]:
         table.add_row(row["rule"], row["method"], str(row["tensors"]), f"{row['parameters']:,}")
@@ -83,7 +87,7 @@ def show_result(result: MergeResult) -> None:
     counts = ", ".join(f"{count} {rule}" for rule, count in result.counts_by_rule.items())
     console.print(f"merged {result.tensors} tensors by [bold]{result.method}[/] ({counts})", highlight=False)
     for warning in result.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     for flag, count in result.flag_counts.items():
         console.print(f"[yellow]warning:[/] {flag} on {count} tensor(s), see the report", highlight=False)
     rate = (result.bytes_in + result.bytes_out) / max(result.seconds, 1e-9)
@@ -92,4 +96,5 @@ def show_result(result: MergeResult) -> None:
         f" in {result.seconds:.1f} s ({format_bytes(rate)}/s)",
         highlight=False,
     )
-    console.print(f"model  {result.out}\nreport {result.out / 'report.html'}", highlight=False, soft_wrap=True)
+    model, report = escape(str(result.out)), escape(str(result.out / "report.html"))
+    console.print(f"model  {model}\nreport {report}", highlight=False, soft_wrap=True)

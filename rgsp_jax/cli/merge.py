@@ -13,6 +13,7 @@ import yaml
 from rgsp_jax.cli.display import progress_bars, show_plan, show_result
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, describe_plan, merge_checkpoints, parse_config, prepare, read_config_file
+from rgsp_jax.pipeline.merge import check_place, name_workshop
 
 
 def parse_assignment(text: str, where: str) -> tuple[str, Any]:
@@ -39,22 +40,31 @@ def parse_override(text: str) -> dict[str, Any]:
     return {"pattern": pattern, "method": method, "hyperparameters": values}
 
 
+def merge_settings(before: Any, given: Mapping[str, Any], config: str | None) -> dict[str, Any]:
+    """The command line's hyperparameters over those of the file."""
+    if before is not None and not isinstance(before, Mapping):
+        raise RefusedError(f"{config}: hyperparameters: must be a mapping, not {before!r}")
+    return {**(before or {}), **given}
+
+
 def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str, Any]) -> MergeConfig:
     """The config file's settings, if there is one, with the command line's in their place."""
     fields: dict[str, Any] = read_config_file(Path(config)) if config else {}
     if models:
         fields["models"] = models
-    hyperparameters = dict(fields.get("hyperparameters") or {})
     named = ("rank", "scale", "beta", "epsilon")
-    hyperparameters |= dict(parse_assignment(f"{n}={flags[n]}", f"--{n}") for n in named if flags[n] is not None)
-    hyperparameters |= dict(parse_assignment(text, "--set") for text in flags["set"])
-    if hyperparameters:
-        fields["hyperparameters"] = hyperparameters
+    given = dict(parse_assignment(f"{n}={flags[n]}", f"--{n}") for n in named if flags[n] is not None)
+    given |= dict(parse_assignment(text, "--set") for text in flags["set"])
+    if given:
+        fields["hyperparameters"] = merge_settings(fields.get("hyperparameters"), given, config)
     for name in ("method", "base", "dtype", "max_shard_size", "memory", "seed", "include", "exclude"):
         if flags[name] not in (None, ()):
             fields[name] = flags[name]
     if flags["override"]:
-        fields["overrides"] = [*(fields.get("overrides") or ()), *map(parse_override, flags["override"])]
+        before = fields.get("overrides") or ()
+        if not isinstance(before, (list, tuple)):
+            raise RefusedError(f"{config}: overrides: must be a list, not {before!r}")
+        fields["overrides"] = [*before, *map(parse_override, flags["override"])]
     if "models" not in fields:
         raise RefusedError("name the models to merge, or a --config that does")
     return parse_config(fields, config or "command line")
@@ -99,6 +109,8 @@ def merge(
     settings = build_config(models, config, flags)
     if plan_only:
         with prepare(settings, out) as preparation:
+            if out is not None and (problems := check_place(preparation, out, resume=resume)):
+                raise RefusedError(problems)
             description = describe_plan(preparation)
         click.echo(json.dumps(description, indent=2)) if as_json else show_plan(description)
         return
@@ -108,8 +120,8 @@ def merge(
         with progress_bars() as progress:
             result = merge_checkpoints(settings, out, resume=resume, progress=progress)
     except KeyboardInterrupt:
-        click.echo(
-            f"stopped; finish with the same command and --resume ({out}.incomplete keeps what is done)", err=True
-        )
+        workshop = name_workshop(out)
+        if workshop.exists():
+            click.echo(f"stopped; finish with the same command and --resume ({workshop} keeps what is done)", err=True)
         raise
     click.echo(json.dumps(asdict(result), indent=2, default=str)) if as_json else show_result(result)

@@ -38,7 +38,8 @@ def describe_plan(preparation: Preparation) -> dict[str, Any]:
             }
         )
     return {
-        "models": list(preparation.labels),
+        "models": list(config.models),
+        "base": config.base,
         "method": config.resolved_method().name,
         "rules": [
             {"rule": kind, "method": method, "tensors": count, "parameters": sizes[kind, method]}

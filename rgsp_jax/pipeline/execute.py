@@ -154,7 +154,12 @@ def copied_pieces(item: WorkItem, buffer: np.ndarray) -> Iterable[MergedPiece]:
     """Tensors passed through, in the output's dtype."""
     start = 0
     for piece in item.pieces:
-        yield piece, buffer[start : start + piece.size].astype(item.group.out_dtype, copy=False), {}
+        data = buffer[start : start + piece.size]
+        with np.errstate(over="ignore"):
+            cast = data.astype(item.group.out_dtype, copy=False)
+        # What is not finite in the model is passed through as it is; what the cast makes so is lost.
+        lost = cast is not data and bool((np.isfinite(data) & ~np.isfinite(cast)).any())
+        yield piece, cast, {"bad_output": True} if lost else {}
         start += piece.size
 
 

@@ -14,25 +14,31 @@ NAME = "journal.jsonl"
 class Journal:
     """Append-only JSON lines: a fingerprint of the merge first, then one entry per finished item.
 
-    An entry is one `write` call, so that a killed process leaves whole lines and at most one torn last line, which is
-    dropped. Nothing is fsynced here: entries carry digests, and a resumed merge believes only data that match them.
+    An entry is one `write` call, so that a killed process leaves whole lines and at most one torn last line; a machine
+    that lost its power may leave worse. What stands behind the first line that cannot be read is dropped. Nothing is
+    fsynced here: entries carry digests, and a resumed merge believes only data that match them.
     """
 
     def __init__(self, directory: Path, fingerprint: str):
         self.path = directory / NAME
         self.entries: dict[int, Mapping[str, Any]] = {}
-        kept = self._read(fingerprint) if self.path.exists() else b""
+        kept = self._read(fingerprint) if self.path.exists() else 0
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.ftruncate(self._descriptor, len(kept))
+        os.ftruncate(self._descriptor, kept)
         os.lseek(self._descriptor, 0, os.SEEK_END)
         if not kept:
             self._append({"fingerprint": fingerprint})
 
-    def _read(self, fingerprint: str) -> bytes:
-        """Load the whole lines; return their bytes."""
-        text = self.path.read_bytes()
-        kept = text[: text.rfind(b"\n") + 1]
-        lines = [json.loads(line) for line in kept.splitlines()]
+    def _read(self, fingerprint: str) -> int:
+        """Load the whole lines; how many bytes they are."""
+        kept = 0
+        lines: list[dict[str, Any]] = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            entry = read_entry(line, "item" if lines else "fingerprint")
+            if entry is None:
+                break
+            kept += len(line)
+            lines.append(entry)
         if lines and lines[0].get("fingerprint") != fingerprint:
             raise RefusedError(
                 f"{self.path.parent} was begun with other settings or other model files, so it cannot be resumed:"
@@ -58,3 +64,12 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def read_entry(line: bytes, key: str) -> dict[str, Any] | None:
+    """One line of the journal; None where it is torn, or not what was once written."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if line.endswith(b"\n") and isinstance(entry, dict) and key in entry else None

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from rgsp_jax.checkpoint import (
     publish,
 )
 from rgsp_jax.errors import RefusedError
-from rgsp_jax.pipeline.audit import audit, verify_piece
+from rgsp_jax.pipeline.audit import audit, read_piece
 from rgsp_jax.pipeline.config import MergeConfig
 from rgsp_jax.pipeline.execute import execute
+from rgsp_jax.pipeline.journal import NAME as JOURNAL
 from rgsp_jax.pipeline.journal import Journal
 from rgsp_jax.pipeline.overview import dominant_dtype, needs_dtype, summarise, versions, write_overview
 from rgsp_jax.pipeline.plan import MergePlan, WorkItem
@@ -81,22 +82,28 @@ def merge_checkpoints(
     """
     started = time.monotonic()
     out = Path(out)
-    workshop = out.with_name(out.name + ".incomplete")
+    if out.name in ("", ".."):
+        raise RefusedError(f"the output {out} has no name of its own: give the directory to create")
+    workshop = name_workshop(out)
+    if resume:
+        clear_finished(out, workshop)
     with prepare(config, out) as preparation:
         plan = preparation.plan
         shards = plan_shards(plan.specs, config.max_shard_size)
         fresh = not workshop.exists()
-        if not fresh and not resume:
-            raise RefusedError(f"{workshop} is left from an earlier merge: finish it with --resume, or delete it")
-        if fresh and (problems := check_disk(out, shards.file_bytes + REPORT_ROOM)):
+        if problems := check_place(preparation, out, resume=resume):
             raise RefusedError(problems)
         buffer_flags = check_buffers(preparation)
-        workshop.mkdir(exist_ok=True)
-        with lock(workshop), ThreadPoolExecutor(1, "rgsp-hash") as pool:
+        try:
+            workshop.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RefusedError(f"{workshop} cannot be made: {error.strerror}") from None
+        with lock(workshop), ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(1, "rgsp-hash"))
             parent_hashes = [[pool.submit(hash_file, p) for p in c.weight_files] for c in preparation.checkpoints]
             try:
                 with discarded_on_refusal(workshop, fresh):
-                    journal = Journal(workshop, fingerprint(preparation))
+                    journal = stack.enter_context(closing(Journal(workshop, fingerprint(preparation))))
                     writer = ShardWriter(workshop / MODEL, shards, resume=True)
                 resumed = forget_damaged(plan, journal, writer)
                 run(preparation, writer, journal, progress)
@@ -105,11 +112,11 @@ def merge_checkpoints(
                     refuse_non_finite(preparation, pieces)
                 hashes = [[future.result() for future in futures] for futures in parent_hashes]
                 finished, facts = finish(preparation, out.name, writer, pieces, hashes, buffer_flags, progress)
+                publish(finished, out)
             except OSError as error:
                 raise explain_os_error(error, workshop) from error
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
-            publish(finished, out)
             shutil.rmtree(workshop)
     return MergeResult(
         out=out,
@@ -119,6 +126,29 @@ def merge_checkpoints(
         seconds=time.monotonic() - started,
         **facts,
     )
+
+
+def name_workshop(out: Path) -> Path:
+    """The directory that holds the unfinished output."""
+    return out.with_name(out.name + ".incomplete")
+
+
+def clear_finished(out: Path, workshop: Path) -> None:
+    """Remove what a process killed right after it published leaves behind, and say that there is nothing to resume."""
+    if (workshop / JOURNAL).exists() and not (workshop / MODEL).exists() and out.is_dir() and any(out.iterdir()):
+        with lock(workshop):
+            shutil.rmtree(workshop)
+        raise RefusedError(f"{out} is complete, there is nothing to resume: its merge had finished when it was stopped")
+
+
+def check_place(preparation: Preparation, out: Path, *, resume: bool = False) -> list[str]:
+    """Why the merge cannot begin at `out` as things lie: an unfinished one is there, or too little room."""
+    workshop = name_workshop(out)
+    if workshop.exists():
+        hint = f"{workshop} is left from an earlier merge: finish it with --resume, or delete it"
+        return [] if resume else [hint]
+    shards = plan_shards(preparation.plan.specs, preparation.config.max_shard_size)
+    return check_disk(out, shards.file_bytes + REPORT_ROOM)
 
 
 @contextmanager
@@ -175,7 +205,7 @@ def forget_damaged(plan: MergePlan, journal: Journal, writer: ShardWriter) -> in
     """Drop journal entries whose data are not on the disk as noted; number of items that stay done."""
     for index, entry in list(journal.entries.items()):
         dtype = plan.items[index].group.out_dtype
-        if not all(verify_piece(writer, dtype, piece) for piece in entry["records"]):
+        if any(read_piece(writer, dtype, piece) is None for piece in entry["records"]):
             journal.forget(index)
     return len(journal.entries)
 
@@ -193,7 +223,6 @@ def run(preparation: Preparation, writer: ShardWriter, journal: Journal, progres
         on_done(plan.items[index])
     seed = preparation.config.seed
     execute(plan, preparation.checkpoints, writer, journal, seed=seed, with_base=preparation.with_base, on_done=on_done)
-    journal.close()
 
 
 def refuse_non_finite(preparation: Preparation, pieces: Pieces) -> None:

@@ -5,7 +5,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from rgsp_jax.pipeline.plan import MergePlan, TensorTask
+from rgsp_jax.registry import methods
 
 Piece = Mapping[str, Any]
 
@@ -29,11 +32,13 @@ def find_bad_inputs(plan: MergePlan, pieces: Mapping[str, Sequence[Piece]], path
 
 
 def find_bad_outputs(plan: MergePlan, pieces: Mapping[str, Sequence[Piece]]) -> list[str]:
-    """One sentence per merged tensor that is not finite although what it was made of is."""
+    """One sentence per tensor of the output that is not finite although what it was made of is."""
     return [
-        f"the merge of {name!r} is not finite in {plan.tasks[name].out_dtype}: try --dtype float32 or a smaller --scale"
-        for name in plan.tasks
-        if any(piece.get("bad_output") for piece in pieces.get(name, ()))
+        f"the merge of {task.name!r} is not finite in {task.out_dtype}: try --dtype "
+        + ("bfloat16 or float32" if task.out_dtype == np.float16 else "float64")
+        + (" or a smaller --scale" if task.action != "copy" and "scale" in methods[task.method].hyperparameters else "")
+        for task in plan.tasks.values()
+        if any(piece.get("bad_output") for piece in pieces.get(task.name, ()))
     ]
 
 
