@@ -129,7 +129,7 @@ def _draw_line(axes, line: Line, axis: LayerAxis, *, order: int, count: int, flo
     depth = order / max(count - 1, 1) if few else 0.5
     dashes = _DASHES[order if few else line.style // len(_SERIES) % len(_DASHES)]
     size = (6.0 if len(x) <= 16 else 4.5 if len(x) <= 40 else 0.0) * (1 - depth / 3)
-    width = (2.4 - 0.9 * depth) * (1.0 if len(x) <= 40 else 0.7)
+    width = (3.2 - 1.8 * depth if few else 1.9) * (1.0 if len(x) <= 40 else 0.7)
     for start, stop in zip((0, *axis.breaks), (*axis.breaks, len(x)), strict=True):
         part = slice(start, stop)
         lone = np.isfinite(middle[part]).sum() == 1
