@@ -132,7 +132,7 @@ def compute_item(
         first = piece.start // (piece.size or 1) if item.group.action == "matrices" else piece.start // BLOCK
         salts[piece.slot : piece.slot + count, 0] = zlib.crc32(piece.name.encode())
         salts[piece.slot : piece.slot + count, 1] = np.arange(first, first + count)
-    double = any(d == np.float64 for d in item.group.in_dtypes)
+    double = np.float64 in (*item.group.in_dtypes, item.group.out_dtype)
     with jax.enable_x64(double):
         sources = tuple(jax.device_put(buffer) for buffer in buffers)
         return jax.device_get(run_item(item.group, sources, salts, seed, with_base))
