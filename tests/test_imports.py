@@ -32,7 +32,7 @@ ALLOWED = {
     "batching": set(),
     "linalg": FOUNDATION,
     "transport": FOUNDATION | {"linalg"},
-    "rgsp": FOUNDATION | {"linalg", "transport", "method"},
+    "rgsp": FOUNDATION | {"batching", "linalg", "transport", "method"},
     "merging": FOUNDATION | {"linalg", "transport", "method"},
     "registry": {"method", "rgsp", "merging"},
     "trees": {"method", "registry", "rules", "batching", "types"},

@@ -5,9 +5,11 @@ Both are one function of the same settings; `rgsp` with the literal value of eve
 
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rgsp_jax.batching import map_batch
 from rgsp_jax.linalg import resolve_rank, truncated_svd
 from rgsp_jax.method import ActiveRank, Hyperparameter, Rank, choice, switch
 from rgsp_jax.rgsp.alignment import OVERLAPS, PRECISION, active_mask, dynamic_map, pair_signs
@@ -163,7 +165,8 @@ def literal_trace(
 def decompose(stack: Float[Array, "k m n"], rank: int | float, active_rank: Array | int | None) -> list[TruncatedSVD]:
     """Truncated SVD of every matrix of the stack, masked at the run-time rank."""
     rank = resolve_rank(rank, *stack.shape[1:])
-    return [truncated_svd(w, rank, active_rank=active_rank) for w in stack]
+    batch = map_batch(lambda w: truncated_svd(w, rank, active_rank=active_rank), stack)  # compiled once, not K times
+    return [jax.tree.map(lambda x, k=k: x[k], batch) for k in range(stack.shape[0])]
 
 
 def rgsp_seed(
@@ -231,7 +234,6 @@ def rgsp(
         epsilon: entropic regularisation on costs normalised to [0, 1].
         others: as annotated.
     """
-    a, b = stack
     svds = decompose(stack, rank, active_rank)
     settings: dict[str, Any] = dict(
         active_rank=active_rank,
@@ -248,13 +250,16 @@ def rgsp(
         w_q=w_q,
         w_k=w_k,
     )
-    trace = relative_task_vector(*svds, **settings)
-    on_rest = 1 - trace.lam if rest_term else 0.0
-    step = fuse(jnp.zeros_like(a), b - a, trace.tau, trace.lam, on_rest)
-    stats = pair_stats(trace, svds, active_rank)
-    if symmetric:
-        back = relative_task_vector(*svds[::-1], **settings)
-        on_rest = 1 - back.lam if rest_term else 0.0
-        step = (step + fuse(jnp.zeros_like(a), a - b, back.tau, back.lam, on_rest)) / 2
-        stats["gw_unconverged"] = stats["gw_unconverged"] | ~back.coupling.converged
-    return MergeOutput((a + b) / 2 + step, stats)
+    orders = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
+    sides = [jax.tree.map(lambda *x: jnp.stack(x), *(svds[order[side]] for order in orders)) for side in (0, 1)]
+
+    def step_from(first: TruncatedSVD, second: TruncatedSVD, difference: Array) -> tuple[Array, PairTrace]:
+        trace = relative_task_vector(first, second, **settings)
+        on_rest = 1 - trace.lam if rest_term else 0.0
+        return fuse(jnp.zeros_like(difference), difference, trace.tau, trace.lam, on_rest), trace
+
+    differences = jnp.stack([stack[j] - stack[i] for i, j in orders])
+    steps, traces = map_batch(step_from, *sides, differences)
+    stats = pair_stats(jax.tree.map(lambda x: x[0], traces), svds, active_rank)
+    stats["gw_unconverged"] = ~traces.coupling.converged.all()
+    return MergeOutput((stack[0] + stack[1]) / 2 + steps.sum(0) / len(orders), stats)
