@@ -43,7 +43,7 @@ ALLOWED = {
     "cli": set(PURE) | {"checkpoint", "models", "pipeline", "demo"},
 }
 PURE_PACKAGES = {"jax", "jaxtyping", "ott", "optax", "numpy", "rgsp_jax"}
-STANDARD = {"abc", "collections", "contextlib", "dataclasses", "enum", "functools", "inspect", "itertools", "math"}
+STANDARD = {"abc", "collections", "contextlib", "dataclasses", "enum", "functools", "inspect", "itertools", "math", "numbers"}
 STANDARD |= {"operator", "re", "types", "typing", "warnings"}
 
 

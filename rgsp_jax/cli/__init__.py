@@ -1,13 +1,25 @@
 """The command line: arguments in, tables out; the work is the pipeline's."""
 
+import os
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import click
+import jax
 
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.version import __version__
 
 REFUSED, INTERRUPTED = 2, 130
+
+
+def keep_compilations() -> None:
+    """Let JAX keep what it compiles between runs, in the user's cache unless JAX_COMPILATION_CACHE_DIR says where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "rgsp_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 class LazyCommands(click.Group):
@@ -19,8 +31,7 @@ class LazyCommands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        from importlib import import_module
-
+        keep_compilations()
         return getattr(import_module(f"rgsp_jax.cli.{cmd_name}"), cmd_name)
 
 

@@ -95,8 +95,9 @@ def relative_task_vector(
         m = jnp.diag(active.astype(dtype))
     mixing = m * pair_signs(a, b) if align_signs else m
     u_b, v_b = (jnp.matmul(x, mixing.T, precision=PRECISION) for x in (b.u, b.v))
-    points_b = u_b if geometry == "orthonormal" else jnp.matmul(b.u * b.s[None, :], mixing.T, precision=PRECISION)
-    points_a = a.u if geometry == "orthonormal" else a.u * a.s[None, :]
+    # Distances of mixed points must not see the signs: those of A would turn a point of B against its neighbours.
+    points_a, points_b = (x.u if geometry == "orthonormal" else x.u * x.s[None, :] for x in (a, b))
+    points_b = jnp.matmul(points_b, m.T, precision=PRECISION)
     cost_a, cost_b = normalize_jointly(
         *(jnp.where(both, squared_distances(points), 0.0) for points in (points_a, points_b))
     )
