@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from rgsp_jax.batching import map_batch
 from rgsp_jax.method import Method, compute_dtype
-from rgsp_jax.pipeline.plan import Group
+from rgsp_jax.pipeline.plan import CHUNK, Group
 from rgsp_jax.registry import methods
 
 
@@ -96,8 +96,12 @@ def compile_item(
         return map_batch(lambda x, salt: merge_one(x, salt, traced, seed), sources, salts)
 
     def merge_elements(sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array) -> ItemOutput:
-        rows = tuple(x[:, None, :] for x in sources)
-        output = jax.vmap(lambda x, salt: merge_one(x, salt, traced, seed))(rows, salts)
+        def merge_chunk(rows: tuple[Array, ...], salts: Array) -> ItemOutput:
+            return jax.vmap(lambda x, salt: merge_one(x, salt, traced, seed))(rows, salts)
+
+        rows = tuple(x.reshape(-1, CHUNK, 1, x.shape[-1]) for x in sources)
+        output = map_batch(merge_chunk, rows, salts.reshape(-1, CHUNK, 2))
+        output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
         return output._replace(merged=output.merged[:, 0])
 
     return jax.jit(merge_elements if action == "elements" else merge_matrices)

@@ -19,6 +19,9 @@ from rgsp_jax.rules import MatrixView, classify, flatten_view
 
 BLOCK = 1024
 """Elements summed to one number on the device; a tensor starts on a block of its own."""
+CHUNK = 16
+"""Blocks that one step of the kernel takes. XLA rounds by the shape it compiles for: with one shape, whatever an item
+holds, the result does not depend on the memory that is given."""
 ITEM_ELEMENTS = 4 * 1024 * 1024
 """Elements of each model in one work item, where single matrices are not larger: enough to hide the overheads."""
 IN_FLIGHT = 3
@@ -221,8 +224,9 @@ def size_item(group: Group, tensors: Sequence[TensorTask], memory: int) -> tuple
     per_element = sum(d.itemsize for d in group.in_dtypes) + group.out_dtype.itemsize
     if group.action != "matrices":
         blocks = sum(-(-t.size // BLOCK) for t in tensors)
-        afford = memory // (IN_FLIGHT * BLOCK * per_element)
-        capacity = max(1, min(blocks, ITEM_ELEMENTS // BLOCK, afford))
+        unit = CHUNK if group.action == "elements" else 1
+        afford = memory // (IN_FLIGHT * unit * BLOCK * per_element)
+        capacity = unit * max(1, min(-(-blocks // unit), ITEM_ELEMENTS // (unit * BLOCK), afford))
         return capacity, IN_FLIGHT * capacity * BLOCK * per_element
     m, n = group.matrix
     workspace = matrix_workspace(group)

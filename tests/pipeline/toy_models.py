@@ -10,7 +10,7 @@ import numpy as np
 
 from rgsp_jax.checkpoint import open_checkpoint, write_safetensors
 
-HIDDEN, INNER, WORDS = 8, 20, 40
+HIDDEN, INNER, WORDS = 8, 20, 4331
 CONFIG = {
     "model_type": "toy",
     "architectures": ["ToyModel"],
@@ -56,7 +56,9 @@ def dtype_of(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def toy_family(count: int, *, seed: int = 0, spread: float = 0.3, dtypes: Sequence[str] = ("float32",)) -> list[Tensors]:
+def toy_family(
+    count: int, *, seed: int = 0, spread: float = 0.3, dtypes: Sequence[str] = ("float32",)
+) -> list[Tensors]:
     """Siblings of one random ancestor; dtypes by model (the last one for the rest)."""
     rng = np.random.default_rng(seed)
     ancestor = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
