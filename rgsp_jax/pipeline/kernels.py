@@ -80,16 +80,18 @@ def compile_item(
             needed["base"] = sources[-1].astype(dtype)
         parameters = {k: v if jnp.issubdtype(v.dtype, jnp.integer) else v.astype(dtype) for k, v in traced.items()}
         output = method.fn(stack, **dict(static), **parameters, **needed)
-        merged = output.merged.astype(out_dtype)
+        # XLA may leave a cast there and back out; what is measured here is what is written.
+        precision = jnp.finfo(out_dtype)
+        written = jax.lax.reduce_precision(output.merged, precision.nexp, precision.nmant)
         axes = tuple(range(1, stack.ndim))
-        difference = merged.astype(dtype)[None] - stack
+        difference = written[None] - stack
         return ItemOutput(
-            merged,
+            output.merged.astype(out_dtype),
             output.stats,
             jnp.sum(difference**2, axes),
             jnp.sum(stack**2, axes),
             jnp.stack([jnp.isfinite(x).all() for x in sources]),
-            jnp.isfinite(merged).all(),
+            jnp.isfinite(written).all(),
         )
 
     def merge_matrices(sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array) -> ItemOutput:
