@@ -12,11 +12,11 @@ from rgsp_jax.pipeline import MergeConfig, Override, merge_checkpoints, plan_mer
 MIXED = dict(
     method="tilt",
     overrides=(
-        Override(pattern="*output.dense*", method="jitter"),
+        Override(pattern="encoder.layer.?.output.dense*", method="jitter"),
         Override(pattern="*bias", method="jitter_elements"),
     ),
-    exclude=("*LayerNorm*",),
-    dtype="float32",
+    exclude=("*LayerNorm*", "*intermediate*weight", "stem*"),
+    dtype="bfloat16",
 )
 """Every action: matrices, elements and copies, with keys and a cast."""
 
