@@ -22,6 +22,9 @@ EMBEDDING_NAMES = re.compile(
 )
 """Tables with a row per token or position: rows are looked up, not multiplied, so a subspace of them means little."""
 
+VECTOR_NAMES = re.compile(r"(^|[./_])(bias|scale)$")
+"""Added or multiplied entry by entry, whatever their rank: Flax keeps attention biases as [heads, head size]."""
+
 BUFFER_NAMES = re.compile(
     r"(^|[./])(inv_freq|rotary_emb[./].*|position_ids|token_type_ids|masked_bias|attn[./]bias|num_batches_tracked"
     r"|relative_position_index|relative_coords_table|freqs_cis)$"
@@ -118,7 +121,7 @@ def classify(
         return TensorRule("buffer")
     if EMBEDDING_NAMES.search(name):
         return TensorRule("embedding")
-    if len(shape) < 2:
+    if len(shape) < 2 or VECTOR_NAMES.search(name):
         return TensorRule("vector")
     flax = layout == "flax" or (layout == "auto" and FLAX_NAMES.search(name) is not None)
     view = view_flax_kernel(name, shape) if flax else view_pytorch_weight(name, shape, model_type)

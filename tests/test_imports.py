@@ -43,8 +43,19 @@ ALLOWED = {
     "cli": set(PURE) | {"checkpoint", "models", "pipeline", "demo"},
 }
 PURE_PACKAGES = {"jax", "jaxtyping", "ott", "optax", "numpy", "rgsp_jax"}
-STANDARD = {"abc", "collections", "contextlib", "dataclasses", "enum", "functools", "inspect", "itertools", "math", "numbers"}
-STANDARD |= {"operator", "re", "types", "typing", "warnings"}
+STANDARD = {
+    "abc",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "enum",
+    "functools",
+    "inspect",
+    "itertools",
+    "math",
+    "numbers",
+}
+STANDARD |= {"numbers", "operator", "re", "types", "typing", "warnings"}
 
 
 def modules() -> list[Path]:

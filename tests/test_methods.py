@@ -13,7 +13,7 @@ import references
 from rgsp_jax import methods
 
 RANK = 3
-SHAPES = ((7, 5), (5, 8), (6, 6))
+SHAPES = ((7, 5), (5, 8))
 RANKED = [name for name, method in methods.items() if "rank" in method.hyperparameters]
 every_method = pytest.mark.parametrize("name", list(methods))
 ranked_method = pytest.mark.parametrize("name", RANKED)
@@ -65,7 +65,7 @@ def test_equal_copies_return_the_copy(name, seed, shape):
 
 @pytest.mark.parametrize("name", [n for n in methods if methods[n].keeps_copies])
 def test_equal_copies_in_float32_return_the_copy_bit_for_bit(name):
-    model = siblings(5, 1, (6, 6), dtype=np.float32)[0]
+    model = siblings(5, 1, (7, 5), dtype=np.float32)[0]
     np.testing.assert_array_equal(compiled(name)(jnp.stack([model] * count_for(name))).merged, model)
 
 
@@ -134,12 +134,11 @@ def test_jit_equals_eager_and_vmap_equals_loop(name):
 
 
 @ranked_method
-@pytest.mark.parametrize("shape", SHAPES[:2])
-def test_a_masked_rank_is_the_smaller_rank(name, shape):
-    stack = siblings(2, count_for(name), shape)
+def test_a_masked_rank_is_the_smaller_rank(name):
+    stack = siblings(2, count_for(name), (7, 5))
     masked = jax.jit(lambda r: methods[name](stack, rank=5, active_rank=r))
-    for rank in (1, 2, 4, 5):
-        smaller, other = methods[name](stack, rank=rank), masked(rank)
+    for rank in (1, 3, 5):
+        smaller, other = jax.jit(lambda x, rank=rank: methods[name](x, rank=rank))(stack), masked(rank)
         assert_equal(other.merged, smaller.merged, 1e-7)
         for key in ("psi", "lam", "tfi", "rho", "scale", "subspace_overlap", "gw_cost"):
             if key in smaller.stats:
@@ -180,14 +179,15 @@ def test_values_out_of_range_are_named(name, hyperparameter, value):
 
 
 @few
-@given(seed=seeds, shape=shapes, count=st.integers(3, 5), rank=st.integers(1, 2))
+@given(seed=seeds, shape=shapes, count=st.sampled_from([3, 5]), rank=st.integers(1, 2))
 def test_relative_against_the_oracle(seed, shape, count, rank):
     stack = siblings(seed, count, shape)
-    assert_equal(methods["relative"](stack, rank=rank).merged, references.relative(stack, rank), 1e-8)
+    merged = compiled("relative", rank=rank)(stack).merged
+    assert_equal(merged, references.relative(stack, rank), 1e-8)
 
 
 def test_relative_of_two_is_their_mean_and_of_dependent_models_is_finite():
-    a, b = siblings(3, 2, (6, 5))
+    a, b = siblings(3, 2, (7, 5))
     np.testing.assert_array_equal(compiled("relative")(jnp.stack([a, b])).merged, a + (b - a) / 2)
     merged = compiled("relative")(jnp.stack([a, a, b])).merged  # every relative task vector is a multiple of b - a
     mean, step = (2 * a + b) / 3, references.signed_svd(b - a, RANK)

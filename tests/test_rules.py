@@ -35,6 +35,8 @@ KINDS = [
     ("encoder/layers/0/mlp/kernel", (8, 16), F32, "matrix"),
     ("token/embedding", (30, 8), F32, "embedding"),
     ("norm/scale", (8,), F32, "vector"),
+    ("attention/query/bias", (2, 4), F32, "vector"),
+    ("mlp.experts.gate_up_proj_bias", (4, 16), F32, "vector"),
 ]
 
 

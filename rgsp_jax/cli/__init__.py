@@ -16,7 +16,7 @@ REFUSED, INTERRUPTED = 2, 130
 
 def keep_compilations() -> None:
     """Let JAX keep what it compiles between runs, in the user's cache unless JAX_COMPILATION_CACHE_DIR says where."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "rgsp_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
