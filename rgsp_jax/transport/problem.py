@@ -39,20 +39,26 @@ class Linearization(NamedTuple):
         return self.constant + dot(dot(self.left, plan), self.right)
 
 
-def linearize(problem: TransportProblem) -> Linearization:
-    """Centre both costs, so that a plan's small deviations are not lost beside large terms the potentials absorb.
+def centre_costs(problem: TransportProblem) -> TransportProblem:
+    """The same problem with centred costs: what the potentials absorb anyway is taken out beforehand.
 
     The gradient of the objective's smooth part at P is `2 G(P) + T` with `2 G = -4 C_A P C_B` plus terms of one index,
     which the potentials absorb. With `C = C' + x 1' + 1 x'` and `C' a = 0`, all that is left of the product for plans
-    with the given marginals is `C_A' P C_B' + x y'`, where x and y may be shifted too: at the product plan, and for
-    costs with equal off-diagonals anywhere, rounding then has nothing to amplify.
+    with the given marginals is `C_A' P C_B' + x y'`, where x and y may be shifted too. The small deviations of a plan
+    are then not lost beside large terms, and at the product plan, or for costs with equal off-diagonals anywhere,
+    rounding has nothing to amplify.
     """
-    centred_a, x = _centre(problem.cost_a, problem.a)
-    centred_b, y = _centre(problem.cost_b, problem.b)
-    constant = (4 * x[:, None] * y[None, :] - problem.linear) / problem.epsilon
+    cost_a, x = _centre(problem.cost_a, problem.a)
+    cost_b, y = _centre(problem.cost_b, problem.b)
+    return problem._replace(cost_a=cost_a, cost_b=cost_b, linear=problem.linear - 4 * x[:, None] * y[None, :])
+
+
+def linearize(problem: TransportProblem) -> Linearization:
+    """The log Gibbs kernel `-(2 G(P) + T) / epsilon` as a function of the plan, on centred costs."""
+    centred = centre_costs(problem)
     # A masked column must take no mass; masked rows are emptied by their zero row sum.
-    constant = jnp.where(problem.b[None, :] > 0, constant, -jnp.inf)
-    return Linearization(left=centred_a * (4 / problem.epsilon), right=centred_b, constant=constant)
+    constant = jnp.where(problem.b[None, :] > 0, -centred.linear / problem.epsilon, -jnp.inf)
+    return Linearization(left=centred.cost_a * (4 / problem.epsilon), right=centred.cost_b, constant=constant)
 
 
 def _centre(cost: Array, weights: Array) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """Projection of a Gibbs kernel on given marginals: Sinkhorn scalings, finished by damped Newton steps."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -85,9 +86,7 @@ def scale_to_marginals(
         u, v, columns = _scale(plan, a, b, tolerance)
         potential = potential + jnp.log(jnp.where(b > 0, jnp.maximum(v, jnp.finfo(v.dtype).tiny), 1))
         scaled = Scaled(plan * u[:, None] * v[None, :], potential, _distance(columns, b))
-        # Under lax.map the branch is real; under vmap both sides run, as they must for the other lanes.
-        scaled = lax.cond(scaled.error > tolerance, lambda s: _newton_step(s, a, b), lambda s: s, scaled)
-        return count + 1, scaled
+        return count + 1, _run_where(scaled.error > tolerance, lambda s: _newton_step(s, a, b), scaled)
 
     start = Scaled(jnp.zeros_like(log_kernel), potential, jnp.full_like(a, jnp.inf, shape=()))
     return lax.while_loop(lambda s: (s[0] < _MAX_PASSES) & (s[1].error > tolerance), one_pass, (jnp.int32(0), start))[1]
@@ -133,6 +132,18 @@ def _newton_step(scaled: Scaled, a: Array, b: Array) -> Scaled:
     step = step - jnp.max(step)
     plan = _normalize_rows(plan * jnp.exp(step)[None, :], a)
     return Scaled(plan, potential + step, _distance(jnp.sum(plan, axis=0), b))
+
+
+def _run_where(wanted: Array, function: Callable[[Scaled], Scaled], argument: Scaled) -> Scaled:
+    """function(argument) where wanted, else argument: a loop of at most one turn instead of a `cond`.
+
+    Under vmap a `cond` computes both sides always, this only while some lane wants it.
+    """
+
+    def turn(state: tuple[Array, Scaled]) -> tuple[Array, Scaled]:
+        return jnp.zeros_like(state[0]), function(state[1])
+
+    return lax.while_loop(lambda state: state[0], turn, (wanted, argument))[1]
 
 
 def _normalize_rows(plan: Array, a: Array) -> Array:
