@@ -50,6 +50,9 @@ BUCKET = 8
 BATCH = 50
 METHODS = ("average", "slerp", "rgsp_seed", "rgsp", "relative", "relative:scale=2")
 
+SYMMETRIC_BY_DEFAULT = ("slerp",)
+"""Methods whose order counts, but not at the hyperparameters they have by default: half-way is half-way from both."""
+
 
 class Task(NamedTuple):
     """One task's expert, head and test rows."""
@@ -190,26 +193,42 @@ def gather(batches: Sequence[Batch], encode: Callable[[Batch], Any]) -> np.ndarr
 
 
 class Scorer:
-    """Accuracies of models on tasks; a model with weights seen before is not run again."""
+    """Accuracies of models on tasks; a model with weights seen before is not run again.
 
-    def __init__(self, tasks: Sequence[Task], encode: Encode):
+    With `store`, a JSON file, what was seen is kept from run to run.
+    """
+
+    def __init__(self, tasks: Sequence[Task], encode: Encode, store: Path | None = None):
         self.tasks = {task.name: task for task in tasks}
         self.encode = encode
-        self.known: dict[tuple[str, str], float] = {}
+        self.store = store
+        self.known: dict[str, float] = json.loads(store.read_text()) if store is not None and store.exists() else {}
 
     def score(self, directory: Path, names: Sequence[str]) -> dict[str, float]:
         """Return the share of test rows answered rightly, by task."""
-        identity = hash_weights(directory)
+        weights = hash_weights(directory)
+        scores = {}
         for name in names:
-            if (identity, name) not in self.known:
-                self.known[identity, name] = self._run(directory, self.tasks[name])
-        return {name: self.known[identity, name] for name in names}
+            key = f"{weights} {hash_task(self.tasks[name])} {self.encode.__name__}"
+            if key not in self.known:
+                self.known[key] = self._run(directory, self.tasks[name])
+                if self.store is not None:
+                    self.store.write_text(json.dumps(self.known, indent=2))
+            scores[name] = self.known[key]
+        return scores
 
     def _run(self, directory: Path, task: Task) -> float:
         batches = tokenise((directory / "tokenizer.json").read_text(), task.texts)
         vectors = self.encode(directory, batches)
         answers = (vectors @ task.weight.T + task.bias).argmax(axis=1)
         return float((answers == task.labels).mean())
+
+
+def hash_task(task: Task) -> str:
+    """Return a hash of a task's head and test rows."""
+    arrays = (task.weight, task.bias, task.labels)
+    content = "\n".join(task.texts).encode() + b"".join(np.asarray(array, order="C").tobytes() for array in arrays)
+    return hashlib.sha256(content).hexdigest()
 
 
 def hash_weights(directory: Path) -> str:
@@ -230,12 +249,13 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     return name, {key: yaml.safe_load(value) for key, value in pairs}
 
 
-def choose_groups(name: str, tasks: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def choose_groups(name: str, hyperparameters: Mapping[str, Any], tasks: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Yield what a method is run on: every pair, both ways round where its order counts, then all tasks at once."""
     method = methods[name]
     least, most = method.models
+    symmetric = method.order_invariant or (name in SYMMETRIC_BY_DEFAULT and not hyperparameters)
     if least <= 2 <= len(tasks):
-        yield from (itertools.combinations if method.order_invariant else itertools.permutations)(tasks, 2)
+        yield from (itertools.combinations if symmetric else itertools.permutations)(tasks, 2)
     if len(tasks) > 2 and (most is None or most >= len(tasks)):
         yield tuple(tasks)
 
@@ -255,7 +275,7 @@ def run_merges(scorer: Scorer, choices: Sequence[str], work: Path) -> Iterator[R
     """Merge by every method on every group it takes; yield a scored row each. Merges found in `work` are kept."""
     for text in choices:
         name, hyperparameters = parse_method(text)
-        for group in choose_groups(name, list(scorer.tasks)):
+        for group in choose_groups(name, hyperparameters, list(scorer.tasks)):
             out = work / f"{text.replace(':', '-')}-{'+'.join(group)}"
             seconds = None
             if not out.exists():
@@ -326,7 +346,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--score", nargs="+", type=Path, default=[], help="score these directories on all tasks, no more"
     )
     parser.add_argument("--backend", choices=sorted(BACKENDS), default="flax")
-    parser.add_argument("--work", type=Path, help="keep merged models here, and use those found (default: deleted)")
+    parser.add_argument(
+        "--work", type=Path, help="keep merged models and scores here, and use those found (default: deleted)"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "text_encoders")
     return parser.parse_args(arguments)
 
@@ -335,9 +357,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Run the experiment and return its rows."""
     options = parse_arguments(arguments)
     names = options.tasks or sorted(path.parent.name for path in options.bench.glob("*/head.safetensors"))
-    scorer = Scorer([read_task(options.bench / name, options.rows) for name in names], BACKENDS[options.backend])
+    tasks = [read_task(options.bench / name, options.rows) for name in names]
     rows = []
     with working_directory(options.work) as work:
+        scorer = Scorer(tasks, BACKENDS[options.backend], work / "scores.json")
         for row in itertools.chain(score_given(scorer, options.score), run_all(scorer, options, work)):
             rows.append(row)
             cells = "  ".join(f"{name} {accuracy:.3f}" for name, accuracy in row.accuracies.items())

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ transformers = pytest.importorskip("transformers")
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "text_encoders.py"
 WORDS = [f"w{i}" for i in range(30)]
-CONFIG = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+CONFIG = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
 CONFIG |= {"intermediate_size": 24, "max_position_embeddings": 64}
-LENGTHS = (1, 3, 8, 13, 60)  # three padded lengths, the last too long to keep whole
+LENGTHS = (1, 2, 3, 5, 8, 13, 60)  # three padded lengths: one fills two batches, one is too long to keep whole
 TASKS = {"first": 3, "second": 2, "third": 2}
-ROWS = 100
+ROWS = 80
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def bench(tmp_path_factory):
     return root
 
 
+@cache
 def score_by_hand(bench, model, name, rows):
     """One row at a time in transformers, without padding."""
     encoder = transformers.BertModel.from_pretrained(model, local_files_only=True).eval()
@@ -93,14 +95,23 @@ def test_equal_weights_are_run_once(experiment, bench, tmp_path):
     assert len(runs) == 1
     scorer.score(bench / "second" / "model", ["first"])
     assert len(runs) == 2
+    store = tmp_path / "scores.json"
+    for attempt in range(2):
+        kept = experiment.Scorer([experiment.read_task(bench / "first", 10)], encode, store)
+        kept.score(copy, ["first"])
+        assert len(runs) == 3, attempt
+    other = experiment.Scorer([experiment.read_task(bench / "first", 11)], encode, store)
+    other.score(copy, ["first"])  # the same weights on other rows
+    assert len(runs) == 4
 
 
 def test_groups_follow_what_methods_declare(experiment):
     tasks = ("a", "b", "c")
-    assert list(experiment.choose_groups("rgsp", tasks)) == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert len(list(experiment.choose_groups("rgsp_seed", tasks))) == 6
-    assert list(experiment.choose_groups("relative", tasks))[-1] == tasks
-    assert list(experiment.choose_groups("relative", tasks[:2])) == [("a", "b")]
+    groups = {name: list(experiment.choose_groups(name, {}, tasks)) for name in ("rgsp", "rgsp_seed", "slerp")}
+    assert groups["rgsp"] == groups["slerp"] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert len(groups["rgsp_seed"]) == len(list(experiment.choose_groups("slerp", {"t": 0.3}, tasks))) == 6
+    assert list(experiment.choose_groups("relative", {}, tasks))[-1] == tasks
+    assert list(experiment.choose_groups("relative", {}, tasks[:2])) == [("a", "b")]
     assert experiment.parse_method("relative:rank=0.1,scale=auto") == ("relative", {"rank": 0.1, "scale": "auto"})
     with pytest.raises(SystemExit, match="no method 'mean'"):
         experiment.parse_method("mean")
