@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from rgsp_jax.linalg.dense import matmul, scale_columns
+from rgsp_jax.linalg.dense import TallMatrix, matmul, scale_columns
 
 _MAX_ROUNDS = 20
 _MAX_DEGREE = 10
@@ -18,10 +18,11 @@ _SEED = 21
 
 
 class _Round(NamedTuple):
+    u: Float[Array, "m r"]
     v: Float[Array, "n p"]
     s: Float[Array, "p"]
     error: Float[Array, ""]
-    count: Int[Array, ""]
+    rounds: Int[Array, ""]
 
 
 def subspace_size(rank: int, n: int) -> int:
@@ -29,33 +30,32 @@ def subspace_size(rank: int, n: int) -> int:
     return min(n, 2 * rank + 8)
 
 
-def filtered_subspace(
-    a: Float[Array, "m n"], at: Float[Array, "n m"], rank: int, tolerance: float
-) -> Float[Array, "n r"]:
-    """Right singular vectors of the tall matrix a, to `tolerance` relative to s_1 or to the round limit."""
+def filtered_subspaces(a: TallMatrix, rank: int, tolerance: float) -> tuple[Float[Array, "m r"], Float[Array, "n r"]]:
+    """Leading left and right singular vectors of a, to `tolerance` relative to s_1 or to the round limit."""
     n = a.shape[1]
-    start = jax.random.normal(jax.random.key(_SEED), (n, subspace_size(rank, n)), a.dtype)
-    start = orthonormalise(matmul(at, matmul(a, orthonormalise(start))))
+    start = jax.random.normal(jax.random.key(_SEED), (n, subspace_size(rank, n)), a.w.dtype)
+    start = orthonormalise(a.transpose_times(a.times(start)))
 
-    def rayleigh_ritz(v: Array, count: Array) -> _Round:
-        q, triangle = _qr(matmul(a, v))
+    def rayleigh_ritz(v: Array, rounds: Array) -> _Round:
+        q, triangle = _qr(a.times(v))
         left, s, right_t = jnp.linalg.svd(triangle)
-        u, v = matmul(q, left), matmul(v, right_t.T)
-        residual = matmul(at, u[:, :rank]) - scale_columns(v[:, :rank], s[:rank])
+        u, v = matmul(q, left[:, :rank]), matmul(v, right_t.T)
+        residual = a.transpose_times(u) - scale_columns(v[:, :rank], s[:rank])
         error = jnp.max(jnp.linalg.norm(residual, axis=0)) / jnp.where(s[0] > 0, s[0], 1)
-        return _Round(v, s, error, count)
+        return _Round(u, v, s, error, rounds)
 
     def unfinished(state: _Round) -> Array:
-        return (state.count < _MAX_ROUNDS) & (state.error > tolerance)
+        return (state.rounds < _MAX_ROUNDS) & (state.error > tolerance)
 
     def run_round(state: _Round) -> _Round:
-        filtered = _filter(a, at, state.v, state.s, rank)
-        return rayleigh_ritz(orthonormalise(filtered), state.count + 1)
+        filtered = _filter(a, state.v, state.s, rank)
+        return rayleigh_ritz(orthonormalise(filtered), state.rounds + 1)
 
-    return lax.while_loop(unfinished, run_round, rayleigh_ritz(start, jnp.asarray(0))).v[:, :rank]
+    last = lax.while_loop(unfinished, run_round, rayleigh_ritz(start, jnp.asarray(0)))
+    return last.u, last.v[:, :rank]
 
 
-def _filter(a: Array, at: Array, v: Array, s: Array, rank: int) -> Array:
+def _filter(a: TallMatrix, v: Array, s: Array, rank: int) -> Array:
     """A Chebyshev polynomial of a^T a applied to v, small on [0, s_p^2] and 1 at s_1^2.
 
     Its degree is bounded so that s_1 outgrows s_rank by no more than float32 can still separate.
@@ -68,7 +68,7 @@ def _filter(a: Array, at: Array, v: Array, s: Array, rank: int) -> Array:
     degree = jnp.clip(jnp.floor(headroom / jnp.maximum(growth, smallest)), 2, _MAX_DEGREE).astype(jnp.int32)
 
     def operator(x: Array) -> Array:
-        return matmul(at, matmul(a, x)) / half - x
+        return a.transpose_times(a.times(x)) / half - x
 
     first = 1 / (top / half - 1)
 

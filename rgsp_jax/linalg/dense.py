@@ -1,5 +1,6 @@
 """Dense pieces that the factorisations share, all at full float32 precision on every platform."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax.numpy as jnp
@@ -15,9 +16,43 @@ def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def transposed(a: Float[Array, "m n"]) -> Float[Array, "n m"]:
-    """`a.T` laid out in memory: XLA on CPU multiplies by a transposed operand several times slower than by a copy."""
-    return lax.optimization_barrier(a.T)
+def multiply_transposed(a: Float[Array, "m n"], x: Float[Array, "m b"]) -> Float[Array, "n b"]:
+    """`a.T @ x`, without a transposed copy of a.
+
+    XLA on CPU multiplies by a transposed large operand several times slower than by a plain one, and rewrites
+    `(x.T @ a).T` to just that unless barriers stand between.
+    """
+    return lax.optimization_barrier(matmul(lax.optimization_barrier(x).T, a)).T
+
+
+@dataclass(frozen=True)
+class TallMatrix:
+    """A matrix w, or its transpose where w is wide, as a pair of products: neither is ever laid out anew."""
+
+    w: Float[Array, "m n"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return max(self.w.shape), min(self.w.shape)
+
+    @property
+    def wide(self) -> bool:
+        return self.w.shape[0] < self.w.shape[1]
+
+    def times(self, x: Float[Array, "n b"]) -> Float[Array, "m b"]:
+        return multiply_transposed(self.w, x) if self.wide else matmul(self.w, x)
+
+    def transpose_times(self, y: Float[Array, "m b"]) -> Float[Array, "n b"]:
+        return matmul(self.w, y) if self.wide else multiply_transposed(self.w, y)
+
+    def gram(self) -> Float[Array, "n n"]:
+        """The smaller of w^T w and w w^T."""
+        if self.wide:
+            return matmul(self.w, self.w.T)
+        return matmul(lax.optimization_barrier(self.w.T), self.w)
+
+    def dense(self) -> Float[Array, "m n"]:
+        return self.w.T if self.wide else self.w
 
 
 def scale_columns(x: Float[Array, "m r"], factors: Float[Array, "r"]) -> Float[Array, "m r"]:
@@ -37,10 +72,13 @@ def project_out(basis: Float[Array, "m k"], x: Float[Array, "m b"]) -> Float[Arr
 
 
 def power_of_two_scale(x: Float[Array, "m n"]) -> Float[Array, ""]:
-    """A power of two within 2 of max |x|, 1 for the zero matrix: dividing by it is exact and keeps squares in range."""
+    """A power of two within 2 of max |x|: dividing by it is exact and keeps squares in range.
+
+    1 for the zero matrix; NaN where x is not finite.
+    """
     largest = jnp.max(jnp.abs(x))
     limits = jnp.finfo(x.dtype)
     # Both the scale and its reciprocal have to be normal numbers.
     bounded = jnp.clip(largest, 4 * float(limits.tiny), float(limits.max) / 8)
     rounded = lax.reduce_precision(bounded, exponent_bits=limits.nexp, mantissa_bits=0)
-    return jnp.where(largest > 0, rounded, 1)
+    return jnp.where(jnp.isfinite(largest), jnp.where(largest > 0, rounded, 1), jnp.nan)

@@ -9,12 +9,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rgsp_jax.linalg.dense import (
+    TallMatrix,
     matmul,
     orthonormalise_by_newton_schulz,
     power_of_two_scale,
     project_out,
     scale_columns,
-    transposed,
     widen,
 )
 
@@ -55,16 +55,16 @@ def polar_factor(x: Float[Array, "m q"]) -> Float[Array, "m q"]:
 
 @jax.jit
 def _any_shape(x: Array) -> Array:
-    finite = jnp.all(jnp.isfinite(x))
-    x = jnp.where(finite, x, 0)
-    x = x / lax.stop_gradient(power_of_two_scale(x))
+    scale = lax.stop_gradient(power_of_two_scale(x))
+    finite = jnp.isfinite(scale)
+    x = jnp.where(finite, x / scale, 0)
     factor = _tall(x).factor if x.shape[0] >= x.shape[1] else _tall(x.T).factor.T
     return jnp.where(finite, factor, jnp.nan)
 
 
 @jax.custom_jvp
 def _tall(x: Array) -> _Polar:
-    eigenvalues, v = jnp.linalg.eigh(matmul(transposed(x), x), symmetrize_input=False)
+    eigenvalues, v = jnp.linalg.eigh(TallMatrix(x).gram(), symmetrize_input=False)
     cutoff = math.sqrt(float(jnp.finfo(x.dtype).eps))
     s = jnp.sqrt(jnp.maximum(eigenvalues, 0))
     kept = s > cutoff * s[-1]

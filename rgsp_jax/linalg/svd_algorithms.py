@@ -13,19 +13,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from rgsp_jax.linalg.block_lanczos import BLOCK, basis_size, golub_kahan_subspace
-from rgsp_jax.linalg.chebyshev import filtered_subspace
-from rgsp_jax.linalg.dense import matmul, orthonormalise_by_newton_schulz, power_of_two_scale, scale_columns, transposed
+from rgsp_jax.linalg.block_lanczos import BLOCK, basis_size, golub_kahan_triples
+from rgsp_jax.linalg.chebyshev import filtered_subspaces
+from rgsp_jax.linalg.dense import TallMatrix, matmul, orthonormalise_by_newton_schulz, power_of_two_scale, scale_columns
 
 # Two singular values nearer than this, relative to the largest, count as one to a Krylov space.
 _MULTIPLICITY_GAP = 1e-4
 
 
 class Problem(NamedTuple):
-    """A tall matrix of entries up to 1, its transpose laid out in memory, and what is asked of the factors."""
+    """A matrix of entries around 1 at most, and what is asked of its factors."""
 
-    a: Float[Array, "m n"]
-    at: Float[Array, "n m"]
+    a: TallMatrix
     rank: int
     tolerance: float
 
@@ -57,19 +56,13 @@ def factorise(w: Float[Array, "m n"], rank: int, algorithm: str, tolerance: floa
       algorithm: a key of `ALGORITHMS`, or "auto".
       tolerance: residual, relative to s_1, above which the full SVD replaces the answer.
     """
-    finite = jnp.all(jnp.isfinite(w))
-    scale = power_of_two_scale(jnp.where(finite, w, 0))
-    scaled = jnp.where(finite, w / scale, 0)
-    wide = w.shape[0] < w.shape[1]
-    problem = Problem(
-        a=transposed(scaled) if wide else scaled,
-        at=scaled if wide else transposed(scaled),
-        rank=rank,
-        tolerance=max(tolerance, 64 * float(jnp.finfo(w.dtype).eps)),
-    )
+    scale = power_of_two_scale(w)
+    finite = jnp.isfinite(scale)
+    a = TallMatrix(jnp.where(finite, w / scale, 0))
+    problem = Problem(a, rank, max(tolerance, 64 * float(jnp.finfo(w.dtype).eps)))
     factors = _attempt_then_fall_back(problem, algorithm)
     u, s, v = factors.u, factors.s * scale, factors.v
-    if wide:
+    if a.wide:
         u, v = v, u
     sign = _canonical_signs(u)
     factors = Factors(u * sign, s, v * sign, factors.residuals)
@@ -91,19 +84,44 @@ def _attempt(problem: Problem, algorithm: str) -> Callable[[], Factors]:
         if algorithm == "full":
             return factors
         done = trusted & (jnp.max(factors.residuals) <= problem.tolerance)
-        # A loop of at most one turn, not lax.cond: under vmap a cond runs both branches for every lane, the loop
-        # runs its body only if some lane needs it.
-        _, factors = lax.while_loop(
-            lambda carry: ~carry[0], lambda _: (jnp.asarray(True), full(problem).factors), (done, factors)
-        )
-        return factors
+        stacked = _replace_failed(problem.a.w[None], done[None], jax.tree.map(lambda x: x[None], factors))
+        return jax.tree.map(lambda x: x[0], stacked)
 
     return run
 
 
+@jax.custom_batching.custom_vmap
+def _replace_failed(ws: Float[Array, "k m n"], done: Bool[Array, "k"], factors: Factors) -> Factors:
+    """The full SVD in place of the factors (stacked on a leading axis) of every matrix that is not done.
+
+    One cond for the whole stack, and its own rule for vmap: a cond that vmap has batched runs both branches always.
+    """
+
+    def solve(w: Array, rank: int) -> Factors:
+        return full(Problem(TallMatrix(w), rank, 0.0)).factors
+
+    def replace() -> Factors:
+        solved = jax.vmap(lambda w: solve(w, factors.s.shape[-1]))(ws)
+        return jax.tree.map(
+            lambda own, new: jnp.where(jnp.expand_dims(done, range(1, own.ndim)), own, new), factors, solved
+        )
+
+    return lax.cond(jnp.all(done), lambda: factors, replace)
+
+
+@_replace_failed.def_vmap
+def _replace_failed_under_vmap(axis_size: int, in_batched: list, *arguments) -> tuple[Factors, Factors]:
+    def merge_axes(x: Array, batched: bool) -> Array:
+        x = x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+        return x.reshape(-1, *x.shape[2:])
+
+    flat = _replace_failed(*jax.tree.map(merge_axes, arguments, tuple(in_batched)))
+    return jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), flat), jax.tree.map(lambda _: True, flat)
+
+
 def full(problem: Problem) -> Attempt:
     """The platform's own SVD, truncated."""
-    u, _, vt = jnp.linalg.svd(problem.a, full_matrices=False)
+    u, _, vt = jnp.linalg.svd(problem.a.dense(), full_matrices=False)
     return Attempt(_finish(problem, u[:, : problem.rank], vt[: problem.rank].T), jnp.asarray(True))
 
 
@@ -112,56 +130,53 @@ def gram(problem: Problem) -> Attempt:
 
     What it cannot give back: directions whose eigenvalue drowns in the rounding of s_1^2.
     """
-    _, eigenvectors = jnp.linalg.eigh(matmul(problem.at, problem.a), symmetrize_input=False)
+    _, eigenvectors = jnp.linalg.eigh(problem.a.gram(), symmetrize_input=False)
     factors = _rayleigh_ritz(problem, eigenvectors[:, ::-1][:, : problem.rank])
-    cutoff = 30 * math.sqrt(float(jnp.finfo(problem.a.dtype).eps))
+    cutoff = 30 * math.sqrt(float(jnp.finfo(problem.a.w.dtype).eps))
     trusted = (factors.s[-1] >= cutoff * factors.s[0]) | (factors.s[0] == 0)
     return Attempt(factors, trusted)
 
 
 def lanczos(problem: Problem) -> Attempt:
     """Block Golub-Kahan-Lanczos with full reorthogonalisation and thick restarts."""
-    a, at, rank, tolerance = problem
-    v, ritz_values = golub_kahan_subspace(a, at, rank, tolerance)
+    a, rank, tolerance = problem
+    u, ritz_values, v = golub_kahan_triples(a, rank, tolerance)
     # A Krylov space grown from BLOCK vectors holds at most BLOCK copies of a repeated singular value, each with a
     # perfect residual: where that many came out, and smaller values after them, more copies may be missing.
     count = max(rank - BLOCK, 0)
     first, last = ritz_values[:count], ritz_values[BLOCK - 1 : BLOCK - 1 + count]
     missed = (first - last <= _MULTIPLICITY_GAP * ritz_values[0]) & (first > tolerance * ritz_values[0])
-    return Attempt(_rayleigh_ritz(problem, v), ~jnp.any(missed))
+    return Attempt(_finish(problem, u, v), ~jnp.any(missed))
 
 
 def subspace(problem: Problem) -> Attempt:
     """Chebyshev-filtered subspace iteration: matrix products only."""
-    v = filtered_subspace(problem.a, problem.at, problem.rank, problem.tolerance)
-    return Attempt(_rayleigh_ritz(problem, v), jnp.asarray(True))
+    u, v = filtered_subspaces(*problem)
+    return Attempt(_finish(problem, u, v), jnp.asarray(True))
 
 
 ALGORITHMS: dict[str, Algorithm] = {"full": full, "gram": gram, "lanczos": lanczos, "subspace": subspace}
 
 
 def choose_algorithms(problem: Problem) -> dict[str, str]:
-    """The algorithm per platform, by shape, rank and tolerance; the thresholds are where the benchmark's curves cross
-    (`python -m experiments.benchmarks.svd`)."""
-    n, rank = problem.a.shape[1], problem.rank
-    small = n <= 64
-    basis = basis_size(rank)
-    cpu = "full"
-    if not small and basis <= n // 2:
-        cpu = "lanczos"
-    elif not small and n <= 1024:
-        cpu = "gram"
-    accelerator = "full"
-    if not small and n <= 512:
-        accelerator = "gram"
-    elif not small and 4 * rank <= n:
-        accelerator = "subspace"
+    """The algorithm per platform, by shape, rank and tolerance: thresholds are where measured times cross
+    (`python -m experiments.benchmarks.svd --sweep`)."""
+    m, n = problem.a.shape
+    if n <= 64 and m <= 4 * n:
+        return {"cpu": "full", "default": "full"}
+    # Tight tolerances cost a Krylov method many restarts where the spectrum is flat, and the Gram matrix nothing.
+    affordable = n <= 1024
+    if problem.tolerance < 1e-8 and affordable:
+        return {"cpu": "gram", "default": "gram" if n <= 512 else "full"}
+    krylov = basis_size(problem.rank) <= 0.35 * n
+    cpu = "lanczos" if krylov else "gram" if affordable else "full"
+    accelerator = "gram" if n <= 512 else "subspace" if 4 * problem.rank <= n else "full"
     return {"cpu": cpu, "default": accelerator}
 
 
 def _rayleigh_ritz(problem: Problem, v: Float[Array, "n r"]) -> Factors:
     """Best singular triples with right vectors in the span of v (orthonormal columns)."""
-    q, triangle = jnp.linalg.qr(matmul(problem.a, v))
+    q, triangle = jnp.linalg.qr(problem.a.times(v))
     left, _, right_t = jnp.linalg.svd(triangle)
     return _finish(problem, matmul(q, left), matmul(v, right_t.T))
 
@@ -169,7 +184,7 @@ def _rayleigh_ritz(problem: Problem, v: Float[Array, "n r"]) -> Factors:
 def _finish(problem: Problem, u: Float[Array, "m r"], v: Float[Array, "n r"]) -> Factors:
     """Polish nearly singular vectors, take s_i = u_i^T a v_i and measure both residuals."""
     u, v = orthonormalise_by_newton_schulz(u), orthonormalise_by_newton_schulz(v)
-    av, atu = matmul(problem.a, v), matmul(problem.at, u)
+    av, atu = problem.a.times(v), problem.a.transpose_times(u)
     s = jnp.maximum(jnp.sum(u * av, axis=0), 0)
     residuals = jnp.maximum(
         jnp.linalg.norm(av - scale_columns(u, s), axis=0), jnp.linalg.norm(atu - scale_columns(v, s), axis=0)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from rgsp_jax.linalg.dense import matmul, power_of_two_scale, project_out, scale_columns, transposed
+from rgsp_jax.linalg.dense import matmul, multiply_transposed, power_of_two_scale, project_out, scale_columns
 
 _MAX_STEPS = 1000
 
@@ -85,14 +85,15 @@ def _solve_complement(
     The smaller complement's Schur complement: symmetric, positive definite while s_i > s_{r+1}, and half the steps
     of the coupled system. Divided by s_i^2 its eigenvalues lie in (0, 1].
     """
-    wt = transposed(w)
 
     def operator(y: Array) -> Array:
-        image = project_out(v, matmul(wt, project_out(u, matmul(w, y))))
+        image = project_out(v, multiply_transposed(w, project_out(u, matmul(w, y))))
         return y - scale_columns(image, inverse * inverse)
 
     right_side = jnp.where(
-        wanted[None, :], scale_columns(c + scale_columns(project_out(v, matmul(wt, b)), inverse), inverse), 0
+        wanted[None, :],
+        scale_columns(c + scale_columns(project_out(v, multiply_transposed(w, b)), inverse), inverse),
+        0,
     )
     y = lax.custom_linear_solve(operator, right_side, _conjugate_gradients, symmetric=True)
     return project_out(v, y)
@@ -105,7 +106,7 @@ class _Step(NamedTuple):
     energy: Array
     """Squared norm of every column's residual."""
     running: Array
-    count: Array
+    steps: Array
 
 
 def _conjugate_gradients(operator, right_side: Array) -> Array:
@@ -118,7 +119,7 @@ def _conjugate_gradients(operator, right_side: Array) -> Array:
     goal = (4 * eps) ** 2 * energy
 
     def unfinished(step: _Step) -> Array:
-        return jnp.any(step.running) & (step.count < _MAX_STEPS)
+        return jnp.any(step.running) & (step.steps < _MAX_STEPS)
 
     def advance(step: _Step) -> _Step:
         image = operator(step.direction)
@@ -131,7 +132,7 @@ def _conjugate_gradients(operator, right_side: Array) -> Array:
         energy = jnp.sum(residual * residual, axis=0)
         turn = jnp.where(running, energy / jnp.where(running, step.energy, 1), 0)
         direction = jnp.where(running[None, :], residual + scale_columns(step.direction, turn), step.direction)
-        return _Step(x, residual, direction, energy, running & (energy > goal), step.count + 1)
+        return _Step(x, residual, direction, energy, running & (energy > goal), step.steps + 1)
 
     start = _Step(jnp.zeros_like(right_side), right_side, right_side, energy, energy > 0, jnp.asarray(0))
     return lax.while_loop(unfinished, advance, start).x
