@@ -14,10 +14,10 @@ from test_methods import RANKED, count_for, every_method, options, siblings
 LEARNABLE = {
     "average": {"coefficients": [1.0, 2.0, 0.5]},
     "slerp": {"t": 0.3},
-    "rgsp": {"beta": 1.0, "epsilon": 0.05, "temperature": 0.3, "fused_penalty": 0.2},
-    "rgsp_seed": {"beta": 1.0, "epsilon": 0.05},
-    "dgsm": {"beta": 1.0, "epsilon": 0.05},
-    "gsf": {"beta": 1.0, "epsilon": 0.05},
+    "rgsp": {"epsilon": 0.05, "temperature": 0.3, "fused_penalty": 0.2},
+    "rgsp_seed": {"epsilon": 0.05},
+    "dgsm": {"epsilon": 0.05},
+    "gsf": {"epsilon": 0.05},
     "relative": {"scale": 1.5},
 }
 """Every traced hyperparameter with a derivative, at a point where the merge depends on it."""
@@ -57,6 +57,16 @@ def test_gradients_in_the_weights_and_in_everything_learnable(name):
         expected = directional_derivative(lambda x, key=key: value(point | {key: x}), at, direction, step)
         assert expected != 0, key
         np.testing.assert_allclose(jnp.vdot(found[key], direction), expected, rtol=1e-4, atol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["rgsp", "rgsp_seed", "dgsm", "gsf"])
+def test_beta_cancels_when_the_rows_of_the_coupling_are_normalised(name):
+    """exp(-beta d) is one number for a whole layer, and R5 divides every row of the weighed coupling by its sum."""
+    value, gradient = value_and_gradient(name)
+    point = generic_point(name)
+    plain, without = (value(point | {"beta": jnp.asarray(beta)}) for beta in (1.0, 5.0))
+    np.testing.assert_allclose(plain, without, rtol=1e-12)
+    assert abs(gradient(point | {"beta": jnp.asarray(1.0)})["beta"]) < 1e-12
 
 
 def degenerate_stack(name, kind):

@@ -20,7 +20,7 @@ from rgsp_jax.transport import gromov_wasserstein, normalize_jointly, share_by_r
 from rgsp_jax.types import Coupling, MergeOutput, TruncatedSVD
 
 Projection = Annotated[str, choice("tau = U dS U^T on square matrices, or U dS V^T always", "one_sided", "two_sided")]
-Beta = Annotated[Any, Hyperparameter("decay of TOS with the transport cost", low=0)]
+Beta = Annotated[Any, Hyperparameter("decay of TOS with the transport cost; cancels in R5", low=0)]
 Epsilon = Annotated[Any, Hyperparameter("entropy of the Gromov-Wasserstein plan", low=0, exclusive_low=True)]
 Learned = Annotated[Any, Hyperparameter("learnable r x r matrix applied to a left subspace; null is I", optional=True)]
 Overlap = Annotated[str, choice("logits from both singular vectors, or the left ones alone", "two_sided", "one_sided")]
@@ -189,7 +189,8 @@ def rgsp_seed(
     Args:
         stack: A and B [2, m, n] (outputs x inputs).
         rank: leading directions r kept of each.
-        beta: TOS decays as exp(-beta d); dimensionless.
+        beta: TOS decays as exp(-beta d), dimensionless. d is one number for the layer, so the factor cancels when the
+            coupling's rows are normalised (R5): the merge does not depend on beta unless TOS meets its floor.
         epsilon: entropic regularisation on costs normalised to [0, 1].
         projection: "one_sided" is `U dS U^T` on square matrices (as written), and "two_sided" elsewhere and by default
             (R7).
@@ -231,7 +232,8 @@ def rgsp(
     Args:
         stack: A and B [2, m, n] (outputs x inputs).
         rank: leading directions r kept of each.
-        beta: TOS decays as exp(-beta d); dimensionless.
+        beta: TOS decays as exp(-beta d), dimensionless. d is one number for the layer, so the factor cancels when the
+            coupling's rows are normalised (R5): the merge does not depend on beta unless TOS meets its floor.
         epsilon: entropic regularisation on costs normalised to [0, 1].
         others: as annotated.
     """
