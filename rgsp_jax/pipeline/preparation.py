@@ -71,7 +71,9 @@ def check_buffers(preparation: Preparation) -> dict[str, list[str]]:
             continue
         ours = first.read(task.name)
         for other in others:
-            if np.array_equal(other.read(task.name).view(np.uint8), ours.view(np.uint8)):
+            theirs = other.read(task.name)
+            same = np.array_equal(theirs, ours) if theirs.dtype != ours.dtype else theirs.tobytes() == ours.tobytes()
+            if same:
                 continue
             if BUFFER_NAMES.search(task.name):
                 flags[task.name] = ["buffer_differs"]

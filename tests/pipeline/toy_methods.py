@@ -49,8 +49,16 @@ TOYS = (
         scope="tensors",
         elementwise=True,
     ),
-    Method("jitter", jitter, "Noise on matrices.", needs=frozenset({"key"})),
-    Method("jitter_elements", jitter, "Noise anywhere.", needs=frozenset({"key"}), scope="tensors", elementwise=True),
+    Method("jitter", jitter, "Noise on matrices.", models=(1, None), needs=frozenset({"key"})),
+    Method(
+        "jitter_elements",
+        jitter,
+        "Noise anywhere.",
+        models=(1, None),
+        needs=frozenset({"key"}),
+        scope="tensors",
+        elementwise=True,
+    ),
 )
 EXTENDED = MappingProxyType({**methods, **{method.name: method for method in TOYS}})
 """The registry with the toys in it."""
