@@ -24,6 +24,8 @@ CHUNK = 16
 holds, the result does not depend on the memory that is given."""
 ITEM_ELEMENTS = 4 * 1024 * 1024
 """Elements of each model in one work item, where single matrices are not larger: enough to hide the overheads."""
+FACTOR_SHARE = 4
+"""Methods that factorise take items so many times smaller: they outweigh the overheads sooner, and progress shows."""
 IN_FLIGHT = 3
 """Items in memory at once: one being read, one computed, one written."""
 
@@ -155,7 +157,9 @@ def plan_merge(
     items: list[WorkItem] = []
     problems = find_hyperparameter_problems(tasks.values())
     peak = 0
-    for group, tensors in members.values():
+    # The slowest work first, so that the time left is foretold from it and not from the quick rest.
+    ordered = sorted(members.values(), key=lambda member: -cost_per_element(member[1]))
+    for group, tensors in ordered:
         capacity, memory = size_item(group, tensors, config.memory)
         if memory > config.memory:
             problems.append(
@@ -164,7 +168,7 @@ def plan_merge(
             )
         peak = max(peak, memory)
         items += make_items(group, tensors, capacity, len(items))
-    groups = tuple(group for group, _ in members.values())
+    groups = tuple(group for group, _ in ordered)
     flops = sum(estimate_flops(t) for t in tasks.values())
     return MergePlan(tasks, tuple(items), groups, peak, flops, tuple(problems))
 
@@ -232,7 +236,8 @@ def size_item(group: Group, tensors: Sequence[TensorTask], memory: int) -> tuple
     workspace = matrix_workspace(group)
     slots = sum(t.view.matrices[0] for t in tensors if t.view)
     afford = (memory - workspace) // (IN_FLIGHT * m * n * per_element)
-    most = max(1, min(slots, ITEM_ELEMENTS // (m * n), afford))
+    elements = ITEM_ELEMENTS // (FACTOR_SHARE if "rank" in methods[group.method].hyperparameters else 1)
+    most = max(1, min(slots, elements // (m * n), afford))
     capacity = -(-slots // -(-slots // most))  # even items, so that padding is least
     return capacity, IN_FLIGHT * capacity * m * n * per_element + workspace
 
@@ -299,6 +304,11 @@ def estimate_flops(task: TensorTask) -> float:
     small, steps = min(m, n), min(3 * r + 20, min(m, n))
     svd = min(2 * m * n * small + 9 * small**3, 4 * m * n * steps + 4 * (m + n) * steps**2)
     return float(batch * (count * svd + 2 * m * n * r * count + 2 * (m + n) * (count * r) ** 2 + 2000 * r**3))
+
+
+def cost_per_element(tasks: Sequence[TensorTask]) -> float:
+    """FLOPs an element of these tensors takes."""
+    return sum(estimate_flops(t) for t in tasks) / max(1, sum(t.size for t in tasks))
 
 
 def find_hyperparameter_problems(tasks: Any) -> list[str]:
