@@ -21,7 +21,9 @@ from rgsp_jax.checkpoint import (
     check_disk,
     convert_to_orbax,
     copy_companions,
+    digest,
     hash_file,
+    open_checkpoint,
     plan_shards,
     publish,
 )
@@ -148,7 +150,8 @@ def check_place(preparation: Preparation, out: Path, *, resume: bool = False) ->
         hint = f"{workshop} is left from an earlier merge: finish it with --resume, or delete it"
         return [] if resume else [hint]
     shards = plan_shards(preparation.plan.specs, preparation.config.max_shard_size)
-    return check_disk(out, shards.file_bytes + REPORT_ROOM)
+    copies = 2 if preparation.checkpoints[0].format == "orbax" else 1
+    return check_disk(out, copies * shards.file_bytes + REPORT_ROOM)
 
 
 @contextmanager
@@ -232,12 +235,15 @@ def refuse_non_finite(preparation: Preparation, pieces: Pieces) -> None:
         raise RefusedError(problems)
 
 
-def as_orbax(directory: Path, parent: Checkpoint) -> Path:
-    """The merged weights as an Orbax checkpoint with the parent's tree, beside the audited safetensors."""
+def as_orbax(directory: Path, parent: Checkpoint, digests: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
+    """The audited weights as an Orbax checkpoint with the parent's tree, read back; its path, its files' SHA-256."""
     converted = directory.with_name("orbax")
     shutil.rmtree(converted, ignore_errors=True)
     convert_to_orbax(directory, parent, converted)
-    return converted
+    with open_checkpoint(converted) as copy:
+        if wrong := [name for name, expected in digests.items() if digest(copy.read(name)) != expected]:
+            raise RefusedError(f"audit: {name!r} in the Orbax checkpoint is not what was merged" for name in wrong)
+        return converted, {path.relative_to(converted).as_posix(): hash_file(path) for path in copy.weight_files}
 
 
 def finish(
@@ -253,8 +259,6 @@ def finish(
     plan, first = preparation.plan, preparation.checkpoints[0]
     directory = writer.directory
     writer.finish()
-    dtype = dominant_dtype(plan)
-    copy_companions(first, directory, dtype=dtype if needs_dtype(first.config, dtype) else None)
 
     def on_tensor(name: str, done: int) -> None:
         if progress:
@@ -262,7 +266,9 @@ def finish(
 
     digests, files = audit(directory, plan, pieces, writer, on_tensor)
     if first.format == "orbax":
-        directory = as_orbax(directory, first)
+        directory, files = as_orbax(directory, first, digests)
+    dtype = dominant_dtype(plan)
+    copy_companions(first, directory, dtype=dtype if needs_dtype(first.config, dtype) else None)
     records = build_records(plan, pieces, digests, buffer_flags)
     summary = summarise(preparation, name, records, hashes, writer.plan)
     write_overview(directory, summary, records, files)

@@ -52,8 +52,9 @@ def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparatio
         if problems:
             raise RefusedError(problems)
         first = checkpoints[0]
-        # A model with a config ties its weights itself; elsewhere every name must be in the file.
-        names = [name for name in first.specs if first.config is None or name not in first.aliases]
+        # A Hugging Face model ties its weights itself; elsewhere every name must be in the file.
+        tied = first.aliases if first.config is not None and first.format != "orbax" else {}
+        names = [name for name in first.specs if name not in tied]
         model_type = (first.config or {}).get("model_type")
         plan = plan_merge(config, [c.specs for c in checkpoints], names=names, model_type=model_type)
         if plan.problems:
