@@ -59,7 +59,7 @@ def differentiate_plan(
     z = lax.custom_linear_solve(
         lambda y: y - project(interact(project(y))),
         project(root * explicit + interact(base)),
-        lambda matvec, rhs: _solve_symmetric(matvec, rhs),
+        _solve_symmetric,
         symmetric=True,
     )
     return root * (base + z)
