@@ -64,13 +64,13 @@ def _any_shape(x: Array) -> Array:
 
 @jax.custom_jvp
 def _tall(x: Array) -> _Polar:
-    eigenvalues, v = jnp.linalg.eigh(TallMatrix(x).gram(), symmetrize_input=False)
+    _, v = jnp.linalg.eigh(TallMatrix(x).gram(), symmetrize_input=False)
     cutoff = math.sqrt(float(jnp.finfo(x.dtype).eps))
-    s = jnp.sqrt(jnp.maximum(eigenvalues, 0))
-    kept = s > cutoff * s[-1]
-    s = jnp.where(kept, s, 0)
     xv = matmul(x, v)
+    # Not the roots of the eigenvalues: in those of a null direction, the rounding of s_1^2 shows as sqrt(eps) s_1.
     norms = jnp.linalg.norm(xv, axis=0)
+    kept = norms > cutoff * jnp.max(norms)
+    s = jnp.where(kept, norms, 0)
     u = _polish(scale_columns(xv, jnp.where(kept, 1 / jnp.where(kept, norms, 1), 0)))
     # The eigenvectors carry the rounding of the squared matrix. The factor is the one y for which y^T x is
     # symmetric: one Newton step towards that, with x itself, takes the error from eps k^2 to eps k, k the condition.
