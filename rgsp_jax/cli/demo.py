@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from rgsp_jax.cli.display import show
 from rgsp_jax.demo import DemoResult, DemoSettings, run
 
 
@@ -28,7 +28,7 @@ def show_demo(result: DemoResult) -> None:
         highlight=False,
     )
     reports = [row.model / "report.html" for row in result.rows if row.model is not None]
-    where, one = escape(str(result.directory)), escape(str(reports[-1]))
+    where, one = show(result.directory), show(reports[-1])
     console.print(f"models and reports are in {where}; for one, open {one}", highlight=False, soft_wrap=True)
 
 

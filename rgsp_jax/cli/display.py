@@ -20,8 +20,14 @@ from rich.table import Table
 from rgsp_jax.checkpoint import format_bytes
 from rgsp_jax.pipeline import MergeResult
 from rgsp_jax.pipeline.merge import Progress as OnProgress
+from rgsp_jax.pipeline.report import make_encodable
 
 STAGES = {"merge": "merging", "audit": "checking"}
+
+
+def show(text: object) -> str:
+    """A name or path as it is: no markup of rich's in it, and nothing that a terminal cannot print."""
+    return escape(make_encodable(str(text)))
 
 
 @contextmanager
@@ -50,7 +56,7 @@ def progress_bars() -> Iterator[OnProgress | None]:
                 tasks[stage] = bars.add_task(STAGES[stage], total=total, tensors=0, name="")
                 seen[stage] = set()
             seen[stage].update(names)
-            last = escape(names[-1]) if names else ""
+            last = show(names[-1]) if names else ""
             bars.update(tasks[stage], advance=done, tensors=len(seen[stage]), name=last)
 
         yield advance
@@ -61,9 +67,9 @@ def show_plan(description: Mapping[str, Any]) -> None:
     console = Console()
     console.print(f"[bold]{description['method']}[/] of", highlight=False)
     for model in description["models"]:
-        console.print(f"  {escape(model)}", highlight=False, soft_wrap=True)
+        console.print(f"  {show(model)}", highlight=False, soft_wrap=True)
     if description["base"] is not None:
-        console.print(f"  on {escape(description['base'])}", highlight=False, soft_wrap=True)
+        console.print(f"  on {show(description['base'])}", highlight=False, soft_wrap=True)
     table = Table("rule", "method", "tensors", "parameters", title="Tensors by rule", title_justify="left")
     for row in description["rules"]:
         table.add_row(row["rule"], row["method"], str(row["tensors"]), f"{row['parameters']:,}")
@@ -87,7 +93,7 @@ def show_result(result: MergeResult) -> None:
     counts = ", ".join(f"{count} {rule}" for rule, count in result.counts_by_rule.items())
     console.print(f"merged {result.tensors} tensors by [bold]{result.method}[/] ({counts})", highlight=False)
     for warning in result.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {show(warning)}", highlight=False, soft_wrap=True)
     for flag, count in result.flag_counts.items():
         console.print(f"[yellow]warning:[/] {flag} on {count} tensor(s), see the report", highlight=False)
     rate = (result.bytes_in + result.bytes_out) / max(result.seconds, 1e-9)
@@ -96,5 +102,5 @@ def show_result(result: MergeResult) -> None:
         f" in {result.seconds:.1f} s ({format_bytes(rate)}/s)",
         highlight=False,
     )
-    model, report = escape(str(result.out)), escape(str(result.out / "report.html"))
+    model, report = show(result.out), show(result.out / "report.html")
     console.print(f"model  {model}\nreport {report}", highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ import yaml
 from rgsp_jax.cli.display import progress_bars, show_plan, show_result
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, describe_plan, merge_checkpoints, parse_config, prepare, read_config_file
+from rgsp_jax.pipeline.config import parse_yaml
 from rgsp_jax.pipeline.merge import check_place, name_workshop
 
 
@@ -22,7 +23,7 @@ def parse_assignment(text: str, where: str) -> tuple[str, Any]:
     if not equals or not name:
         raise RefusedError(f"{where}: {text!r} must be NAME=VALUE")
     try:
-        return name, yaml.safe_load(value)
+        return name, parse_yaml(value)
     except yaml.YAMLError:
         raise RefusedError(f"{where}: the value in {text!r} is not valid YAML") from None
 

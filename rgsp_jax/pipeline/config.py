@@ -124,7 +124,7 @@ class MergeConfig(BaseModel):
         full = self.model_dump(mode="json", exclude_defaults=True)
         full = {"models": list(self.models), "method": self.resolved_method().name, **full}
         full.pop("memory", None)
-        return yaml.safe_dump(full, sort_keys=False, allow_unicode=True)
+        return yaml.dump(full, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 ARRAYS = frozenset({"coefficients", "w_q", "w_k"})
@@ -186,10 +186,27 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return translate(fields, str(path)) if is_mergekit(fields) else fields
 
 
+class Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 and everything else does; PyYAML follows 1.1, where it is text."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what `Loader` reads: text that looks like a number in quotes."""
+
+
+for side in (Loader, Dumper):
+    side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), [*"-+0123456789"])
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML text; yaml.YAMLError where it is none."""
+    return yaml.load(text, Loader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; RefusedError where there is none."""
     try:
-        fields = yaml.safe_load(path.read_text())
+        fields = parse_yaml(path.read_text())
     except OSError as error:
         raise RefusedError(f"{path}: cannot read the config: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from pipeline.toy_models import SHAPES, read_model, same_bits, toy_family, write
 from rgsp_jax.checkpoint import TensorSpec
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, Override, merge_checkpoints, parse_config, plan_merge, read_config_file
-from rgsp_jax.pipeline.config import parse_size
+from rgsp_jax.pipeline.config import parse_size, parse_yaml
 
 TWO = {"models": ["a", "b"]}
 SPECS = {name: TensorSpec(name, shape, np.dtype(np.float32)) for name, shape in SHAPES.items()}
@@ -201,6 +201,23 @@ def test_files_that_are_no_config(tmp_path, text, expected):
     with pytest.raises(RefusedError, match=expected) as refusal:
         read_config_file(path)
     assert all(problem.startswith(f"{path}: ") and "\n" not in problem for problem in refusal.value.problems)
+
+
+def test_numbers_may_be_written_with_an_exponent(tmp_path):
+    path = tmp_path / "merge.yaml"
+    text = "models: [a, b]\nhyperparameters: {epsilon: 1e-3, beta: 2E+0, rank: 1e-1}\nmemory: 3e9\nbase: 1e\n"
+    path.write_text(text)
+    fields = read_config_file(path)
+    assert fields["hyperparameters"] == {"epsilon": 0.001, "beta": 2.0, "rank": 0.1}
+    assert fields["base"] == "1e" and parse_size(fields["memory"]) == 3_000_000_000
+
+
+@pytest.mark.parametrize(
+    "name", ["1e5", "12", "true", "null", "~", "a: b", "- x", "Ünï/mödel", "2024-01-01", "'q'", " s ", "re:^a#b"]
+)
+def test_any_name_survives_the_written_config(name):
+    config = MergeConfig(models=(name, "b"), method="average", include=(name,))
+    assert parse_config(parse_yaml(config.to_yaml()), "written") == config
 
 
 def test_a_config_that_is_not_there(tmp_path):
