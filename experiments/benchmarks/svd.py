@@ -7,9 +7,9 @@
 
 Every round runs all contenders once, in turn, in this one process; a ratio is the median over rounds of full/contender
 within the round, so that a machine busy with other work slows both sides. On a processor the clock is the process's own
-time, which on one core is the wall time of an idle machine; on an accelerator it is the wall. Matrices have known singular values:
-"task_vector" decays like the difference of two fine-tuned attention matrices, "gaussian" hardly at all (hard for
-every iterative method). Errors are taken against those values.
+time, which on one core is the wall time of an idle machine; on an accelerator it is the wall. Matrices have known
+singular values: "task_vector" decays like the difference of two fine-tuned attention matrices, "gaussian" hardly at all
+(hard for every iterative method). Errors are taken against those values.
 """
 
 import argparse

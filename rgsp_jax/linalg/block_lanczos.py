@@ -6,6 +6,7 @@ for the restart. The invariant: with U, V orthonormal and B = U^T a V block uppe
 B have a zero residual on one side and `|L E^T x|` on the other, x their left vector in B.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,9 @@ from rgsp_jax.linalg.dense import TallMatrix, matmul, multiply_transposed
 # the Krylov space is hardly larger than a single vector's.
 BLOCK = 8
 _MAX_CYCLES = 16
-_SEED = 20
+_SEEDS = (20, 22)
+# Rows by which the noise moves on from one use to the next before it repeats.
+_SHIFTS = 512
 
 
 class _Recurrence(NamedTuple):
@@ -30,6 +33,7 @@ class _Recurrence(NamedTuple):
     b: Float[Array, "k k"]
     next_v: Float[Array, "n b"]
     coupling: Float[Array, "b b"]
+    steps: Int[Array, ""]
 
 
 class _Cycle(NamedTuple):
@@ -57,12 +61,17 @@ def golub_kahan_triples(
     if size < rank + BLOCK:
         raise ValueError(f'algorithm "lanczos" needs min(m, n) >= rank + {2 * BLOCK}, got rank {rank} of {m} x {n}')
     kept = min(BLOCK * -(-(5 * rank + size) // (6 * BLOCK)), size - BLOCK)
-    start, _ = jnp.linalg.qr(jax.random.normal(jax.random.key(_SEED), (n, BLOCK), a.w.dtype))
+    key, noise_key = (jax.random.key(seed) for seed in _SEEDS)
+    start, _ = jnp.linalg.qr(jax.random.normal(key, (n, BLOCK), a.w.dtype))
+    size_of_noise = float(jnp.finfo(a.w.dtype).eps) / math.sqrt(m)
+    noise = size_of_noise * jax.random.normal(noise_key, (m + _SHIFTS, BLOCK), a.w.dtype)
 
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, a.w.dtype)
 
-    empty = _Recurrence(zeros(size, m), zeros(size, n), zeros(size, size), start, zeros(BLOCK, BLOCK))
+    empty = _Recurrence(
+        zeros(size, m), zeros(size, n), zeros(size, size), start, zeros(BLOCK, BLOCK), jnp.asarray(0, jnp.int32)
+    )
     first = _Cycle(empty, jnp.asarray(0), jnp.asarray(0), zeros(size), jnp.asarray(jnp.inf, a.w.dtype))
 
     def unfinished(cycle: _Cycle) -> Array:
@@ -70,7 +79,7 @@ def golub_kahan_triples(
 
     def run_cycle(cycle: _Cycle) -> _Cycle:
         recurrence = lax.fori_loop(
-            cycle.filled // BLOCK, size // BLOCK, lambda j, state: _step(a, state, j * BLOCK), cycle.recurrence
+            cycle.filled // BLOCK, size // BLOCK, lambda j, state: _step(a, noise, state, j * BLOCK), cycle.recurrence
         )
         left, ritz_values, right_t = jnp.linalg.svd(recurrence.b)
         errors = jnp.linalg.norm(matmul(recurrence.coupling, left[-BLOCK:, :rank]), axis=0)
@@ -87,24 +96,29 @@ def golub_kahan_triples(
     return last.recurrence.ut[:rank].T, last.ritz_values[:rank], last.recurrence.vt[:rank].T
 
 
-def _step(a: TallMatrix, state: _Recurrence, filled: Int[Array, ""]) -> _Recurrence:
+def _step(a: TallMatrix, noise: Array, state: _Recurrence, filled: Int[Array, ""]) -> _Recurrence:
     """Append one block to both bases; rows of the buffers past `filled` are zero."""
     vt = lax.dynamic_update_slice(state.vt, state.next_v.T, (filled, 0))
-    block_u, above, diagonal = _orthonormalise_against(state.ut, a.times(state.next_v))
+    shift = state.steps % _SHIFTS
+    noise_u, noise_v = (lax.dynamic_slice_in_dim(noise, shift, length) for length in a.shape)
+    block_u, above, diagonal = _orthonormalise_against(state.ut, a.times(state.next_v), noise_u)
     ut = lax.dynamic_update_slice(state.ut, block_u.T, (filled, 0))
     b = lax.dynamic_update_slice(state.b, above, (0, filled))
     b = lax.dynamic_update_slice(b, diagonal, (filled, filled))
-    next_v, _, coupling = _orthonormalise_against(vt, a.transpose_times(block_u))
-    return _Recurrence(ut, vt, b, next_v, coupling)
+    next_v, _, coupling = _orthonormalise_against(vt, a.transpose_times(block_u), noise_v)
+    return _Recurrence(ut, vt, b, next_v, coupling, state.steps + 1)
 
 
-def _orthonormalise_against(rows: Array, x: Array) -> tuple[Array, Array, Array]:
-    """q, c, r with `x = rows^T c + q r`, q orthonormal and orthogonal to the rows, also where x lies in its span.
+def _orthonormalise_against(rows: Array, x: Array, noise: Array) -> tuple[Array, Array, Array]:
+    """q, c, r with `x = rows^T c + q r`, q orthonormal and orthogonal to the rows, also where x lies in their span.
 
-    The QR between the two projections blows such an x up to a random direction, which the second one then cleans.
+    The QR between the two projections blows such an x up to some direction, which the second one cleans. Noise of
+    rounding's size, different at every step, stands in where nothing is left: QR would complete a zero block by the
+    same columns every time.
     """
     first = matmul(rows, x)
     q, r_first = jnp.linalg.qr(x - multiply_transposed(rows, first))
+    q = q + noise
     second = matmul(rows, q)
     q, r_second = jnp.linalg.qr(q - multiply_transposed(rows, second))
     return q, first + matmul(second, r_first), matmul(r_second, r_first)
@@ -119,4 +133,5 @@ def _restart(state: _Recurrence, left_t: Array, values: Array, right_t: Array) -
         jnp.diag(jnp.pad(values, grow)),
         state.next_v,
         state.coupling,
+        state.steps,
     )

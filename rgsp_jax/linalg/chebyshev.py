@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from rgsp_jax.linalg.dense import TallMatrix, matmul, scale_columns
+from rgsp_jax.linalg.dense import TallMatrix, is_orthonormal, matmul, scale_columns
 
 _MAX_ROUNDS = 20
 _MAX_DEGREE = 10
@@ -109,10 +109,10 @@ def cholesky_qr(x: Float[Array, "m p"]) -> tuple[Float[Array, "m p"], Float[Arra
     q, first = _cholesky_round(x / norms)
     q, second = _cholesky_round(q)
     r = matmul(second, first) * norms
-    gap = jnp.max(jnp.abs(matmul(q.T, q) - jnp.eye(q.shape[1], dtype=q.dtype)))
-    # Not lax.cond, which under vmap would run the Householder QR for every lane.
-    done = gap <= 100 * float(jnp.finfo(x.dtype).eps)
-    _, q, r = lax.while_loop(lambda c: ~c[0], lambda _: (jnp.asarray(True), *_householder_qr(x)), (done, q, r))
+    # A loop of at most one turn, not lax.cond, which under vmap would run the Householder QR for every lane.
+    _, q, r = lax.while_loop(
+        lambda state: ~state[0], lambda _: (jnp.asarray(True), *_householder_qr(x)), (is_orthonormal(q), q, r)
+    )
     return q, r
 
 

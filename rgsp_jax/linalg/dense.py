@@ -5,7 +5,7 @@ from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # The default precision is bfloat16 passes on TPU and TF32 on GPU: Gram matrices and Rayleigh-Ritz need all the bits.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -64,6 +64,12 @@ def orthonormalise_by_newton_schulz(x: Float[Array, "m r"]) -> Float[Array, "m r
     """One Newton-Schulz step, x (3 I - x^T x) / 2: squares the orthogonality error of a nearly orthonormal x."""
     identity = jnp.eye(x.shape[1], dtype=x.dtype)
     return matmul(x, 1.5 * identity - 0.5 * matmul(x.T, x))
+
+
+def is_orthonormal(x: Float[Array, "m r"]) -> Bool[Array, ""]:
+    """Whether x^T x is the identity up to rounding."""
+    gap = jnp.abs(matmul(x.T, x) - jnp.eye(x.shape[1], dtype=x.dtype))
+    return jnp.max(gap) <= 100 * float(jnp.finfo(x.dtype).eps)
 
 
 def project_out(basis: Float[Array, "m k"], x: Float[Array, "m b"]) -> Float[Array, "m b"]:

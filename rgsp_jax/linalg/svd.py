@@ -1,6 +1,7 @@
 """Truncated SVD of one matrix: the public kernel and its derivative rule."""
 
 from functools import partial
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +55,13 @@ def truncated_svd(
     if tolerance is None:
         tolerance = _DEFAULT_TOLERANCE[w.dtype.name]
     active = jnp.asarray(rank if active_rank is None else active_rank, jnp.int32)
-    return _masked_svd(w, active, rank, algorithm, float(tolerance))
+    return _masked_svd(w, active, int(rank), algorithm, float(tolerance))
 
 
 def _check_arguments(w: Array, rank: int, tolerance: float | None, algorithm: str) -> None:
     if w.ndim != 2 or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"truncated_svd takes a matrix of floats, got {w.dtype}{list(w.shape)}")
-    if isinstance(rank, bool) or not 1 <= rank <= min(w.shape):
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= min(w.shape):
         raise ValueError(
             f"rank must be an integer in 1..{min(w.shape)} for a {w.shape[0]} x {w.shape[1]} matrix, got {rank!r}"
         )

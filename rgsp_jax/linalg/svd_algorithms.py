@@ -15,7 +15,14 @@ from jaxtyping import Array, Bool, Float
 
 from rgsp_jax.linalg.block_lanczos import BLOCK, basis_size, golub_kahan_triples
 from rgsp_jax.linalg.chebyshev import filtered_subspaces
-from rgsp_jax.linalg.dense import TallMatrix, matmul, orthonormalise_by_newton_schulz, power_of_two_scale, scale_columns
+from rgsp_jax.linalg.dense import (
+    TallMatrix,
+    is_orthonormal,
+    matmul,
+    orthonormalise_by_newton_schulz,
+    power_of_two_scale,
+    scale_columns,
+)
 
 # Two singular values nearer than this, relative to the largest, count as one to a Krylov space.
 _MULTIPLICITY_GAP = 1e-4
@@ -84,6 +91,7 @@ def _attempt(problem: Problem, algorithm: str) -> Callable[[], Factors]:
         if algorithm == "full":
             return factors
         done = trusted & (jnp.max(factors.residuals) <= problem.tolerance)
+        done &= is_orthonormal(factors.u) & is_orthonormal(factors.v)
         stacked = _replace_failed(problem.a.w[None], done[None], jax.tree.map(lambda x: x[None], factors))
         return jax.tree.map(lambda x: x[0], stacked)
 
@@ -165,7 +173,7 @@ def choose_algorithms(problem: Problem) -> dict[str, str]:
     if n <= 64 and m <= 4 * n:
         return {"cpu": "full", "default": "full"}
     # Tight tolerances cost a Krylov method many restarts where the spectrum is flat, and the Gram matrix nothing.
-    affordable = n <= 1024
+    affordable = n <= 2048
     if problem.tolerance < 1e-8 and affordable:
         return {"cpu": "gram", "default": "gram" if n <= 512 else "full"}
     krylov = basis_size(problem.rank) <= 0.35 * n
