@@ -156,3 +156,19 @@ def test_run_refuses_a_directory_in_use(tmp_path):
     with pytest.raises(RefusedError, match="new directory"):
         run(tmp_path, average_by_hand, SETTINGS)
     assert [path.name for path in Path(tmp_path).iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_the_demo_as_shipped(tmp_path):
+    result = run(tmp_path / "demo")
+    rows = {(row.method, tuple(row.accuracies)): row for row in result.rows}
+    names = tuple(task.name for task in TASKS)
+    assert rows["individual", names].mean > 0.9
+    for (method, group), row in rows.items():
+        if row.model is not None:
+            assert (row.model / "report.html").stat().st_size > 0
+            by_hand = tmp_path / f"{method}-{'-'.join(group)}"
+            average_by_hand([result.directory / "experts" / name / "model" for name in group], by_hand, method, {})
+            merged = read(row.model)
+            far = max(float(np.abs(array - merged[key]).max()) for key, array in read(by_hand).items())
+            assert far < 1e-6 if method == "average" else far > 1e-4 or method == "rgsp"
