@@ -36,8 +36,8 @@ class DemoSettings:
     """Everything that decides the demo's numbers.
 
     The experts are tuned lightly on purpose: there merging is a problem, as the average loses much of what they know,
-    and a method can show what it is worth. Tuned longer and harder (`expert=Schedule(15, 1e-3)`) their average is close to
-    them, and `relative` loses to it. How far methods differ also depends on the seed.
+    and a method can show what it is worth. Tuned longer and harder (`expert=Schedule(15, 1e-3)`) their average is
+    close to them, and `relative` loses to it. How far methods differ also depends on the seed.
     """
 
     seed: int = 0
