@@ -61,12 +61,15 @@ def factorise(w: Float[Array, "m n"], rank: int, algorithm: str, tolerance: floa
       w: matrix in float32 or float64.
       rank: static, 1..min(m, n).
       algorithm: a key of `ALGORITHMS`, or "auto".
-      tolerance: residual, relative to s_1, above which the full SVD replaces the answer.
+      tolerance: residual, relative to s_1, above which the full SVD replaces the answer; raised to what rounding allows.
     """
     scale = power_of_two_scale(w)
     finite = jnp.isfinite(scale)
     a = TallMatrix(jnp.where(finite, w / scale, 0))
-    problem = Problem(a, rank, max(tolerance, 64 * float(jnp.finfo(w.dtype).eps)))
+    # What rounding leaves of a flat spectrum's residual grows with the length of the sums; a tolerance below it would
+    # send every large matrix to the full SVD, which does no better.
+    reachable = max(64, 2 * math.sqrt(a.shape[0])) * float(jnp.finfo(w.dtype).eps)
+    problem = Problem(a, rank, max(tolerance, reachable))
     factors = _attempt_then_fall_back(problem, algorithm)
     u, s, v = factors.u, factors.s * scale, factors.v
     if a.wide:

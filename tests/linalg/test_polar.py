@@ -70,7 +70,7 @@ def test_derivatives(shape, values):
 
 def test_second_derivative():
     rng = np.random.default_rng(1)
-    x, dx, c = with_singular_values(8, 5, [2, 2, 1, 1, 0.5]), *rng.standard_normal((2, 8, 5))
+    x, dx, c = with_singular_values(8, 5, [2, 2, 1, 1, 0.5]), rng.standard_normal((8, 5)), rng.standard_normal((8, 5))
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(c * factor(x))))
     expected = directional_derivative(lambda x: np.asarray(gradient(x)), x, dx, 1e-4)
     np.testing.assert_allclose(jax.jvp(gradient, (x,), (dx,))[1], expected, atol=1e-8)
