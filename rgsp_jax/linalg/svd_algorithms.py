@@ -61,7 +61,7 @@ def factorise(w: Float[Array, "m n"], rank: int, algorithm: str, tolerance: floa
       w: matrix in float32 or float64.
       rank: static, 1..min(m, n).
       algorithm: a key of `ALGORITHMS`, or "auto".
-      tolerance: residual, relative to s_1, above which the full SVD replaces the answer; raised to what rounding allows.
+      tolerance: residual, relative to s_1, above which the full SVD takes over; raised to what rounding allows.
     """
     scale = power_of_two_scale(w)
     finite = jnp.isfinite(scale)
