@@ -17,8 +17,16 @@ from rgsp_jax.linalg.dense import (
     scale_columns,
     widen,
 )
+from rgsp_jax.linalg.fallback import with_fallback
 
 _MAX_POLISH = 12
+_CUTOFF = 64  # times eps times the largest singular value: what rounding leaves of a zero one, with room
+
+
+class _Triples(NamedTuple):
+    u: Float[Array, "m q"]
+    s: Float[Array, "q"]
+    v: Float[Array, "q q"]
 
 
 class _Polar(NamedTuple):
@@ -35,9 +43,12 @@ class _Polar(NamedTuple):
 def polar_factor(x: Float[Array, "m q"]) -> Float[Array, "m q"]:
     """The orthogonal polar factor `x (x^T x)^(-1/2)`, with the pseudo-inverse: `u v^T` over the singular triples of x.
 
-    Directions whose singular value is at most sqrt(eps) of the largest contribute zero, so a rank-deficient x gives
+    Directions whose singular value is at most 64 eps of the largest contribute zero, so a rank-deficient x gives
     a partial isometry (`y^T y` a projector), never an arbitrary completion, and the zero matrix gives zero. Any shape;
     computed in float32 for 16-bit and float32 input. A matrix with non-finite entries gives all NaN.
+
+    From the eigenvectors of x^T x, which tell singular values apart down to about sqrt(eps) of the largest. An x with
+    some between the two bounds takes a full SVD (under vmap: its whole batch does).
 
     Derivatives, forward and reverse, of any order, are those at fixed rank: finite at equal singular values, which
     enter as 1 / (s_i + s_j) only. Between kept and dropped directions the dropped ones count as exactly zero.
@@ -65,13 +76,17 @@ def _any_shape(x: Array) -> Array:
 @jax.custom_jvp
 def _tall(x: Array) -> _Polar:
     _, v = jnp.linalg.eigh(TallMatrix(x).gram(), symmetrize_input=False)
-    cutoff = math.sqrt(float(jnp.finfo(x.dtype).eps))
     xv = matmul(x, v)
     # Not the roots of the eigenvalues: in those of a null direction, the rounding of s_1^2 shows as sqrt(eps) s_1.
     norms = jnp.linalg.norm(xv, axis=0)
-    kept = norms > cutoff * jnp.max(norms)
-    s = jnp.where(kept, norms, 0)
-    u = _polish(scale_columns(xv, jnp.where(kept, 1 / jnp.where(kept, norms, 1), 0)))
+    relative = norms / jnp.maximum(jnp.max(norms), jnp.finfo(x.dtype).tiny)
+    eps = float(jnp.finfo(x.dtype).eps)
+    kept = relative > _CUTOFF * eps
+    told_apart = jnp.all(~kept | (relative > 4 * math.sqrt(eps)))
+    found = _Triples(scale_columns(xv, jnp.where(kept, 1 / jnp.where(kept, norms, 1), 0)), jnp.where(kept, norms, 0), v)
+    u, s, v = _full_svd_unless(x, told_apart, found)
+    xv = matmul(x, v)
+    u = _polish(u)
     # The eigenvectors carry the rounding of the squared matrix. The factor is the one y for which y^T x is
     # symmetric: one Newton step towards that, with x itself, takes the error from eps k^2 to eps k, k the condition.
     product = matmul(u.T, xv)
@@ -79,6 +94,13 @@ def _tall(x: Array) -> _Polar:
     turn = jnp.where(total > 0, (product - product.T) / jnp.where(total > 0, total, 1), 0)
     factor = matmul(u + matmul(u, turn), v.T)
     return _Polar(orthonormalise_by_newton_schulz(factor), v, s)
+
+
+@with_fallback
+def _full_svd_unless(x: Array, _: _Triples) -> _Triples:
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    kept = s > _CUTOFF * float(jnp.finfo(x.dtype).eps) * s[0]
+    return _Triples(jnp.where(kept, u, 0), jnp.where(kept, s, 0), vt.T)
 
 
 def _polish(u: Array) -> Array:

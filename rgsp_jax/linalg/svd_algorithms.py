@@ -23,6 +23,7 @@ from rgsp_jax.linalg.dense import (
     power_of_two_scale,
     scale_columns,
 )
+from rgsp_jax.linalg.fallback import with_fallback
 
 # Two singular values nearer than this, relative to the largest, count as one to a Krylov space.
 _MULTIPLICITY_GAP = 1e-4
@@ -95,39 +96,14 @@ def _attempt(problem: Problem, algorithm: str) -> Callable[[], Factors]:
             return factors
         done = trusted & (jnp.max(factors.residuals) <= problem.tolerance)
         done &= is_orthonormal(factors.u) & is_orthonormal(factors.v)
-        stacked = _replace_failed(problem.a.w[None], done[None], jax.tree.map(lambda x: x[None], factors))
-        return jax.tree.map(lambda x: x[0], stacked)
+        return _full_svd_unless(problem.a.w, done, factors)
 
     return run
 
 
-@jax.custom_batching.custom_vmap
-def _replace_failed(ws: Float[Array, "k m n"], done: Bool[Array, "k"], factors: Factors) -> Factors:
-    """The full SVD in place of the factors (stacked on a leading axis) of every matrix that is not done.
-
-    One cond for the whole stack, and its own rule for vmap: a cond that vmap has batched runs both branches always.
-    """
-
-    def solve(w: Array, rank: int) -> Factors:
-        return full(Problem(TallMatrix(w), rank, 0.0)).factors
-
-    def replace() -> Factors:
-        solved = jax.vmap(lambda w: solve(w, factors.s.shape[-1]))(ws)
-        return jax.tree.map(
-            lambda own, new: jnp.where(jnp.expand_dims(done, range(1, own.ndim)), own, new), factors, solved
-        )
-
-    return lax.cond(jnp.all(done), lambda: factors, replace)
-
-
-@_replace_failed.def_vmap
-def _replace_failed_under_vmap(axis_size: int, in_batched: list, *arguments) -> tuple[Factors, Factors]:
-    def merge_axes(x: Array, batched: bool) -> Array:
-        x = x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-        return x.reshape(-1, *x.shape[2:])
-
-    flat = _replace_failed(*jax.tree.map(merge_axes, arguments, tuple(in_batched)))
-    return jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), flat), jax.tree.map(lambda _: True, flat)
+@with_fallback
+def _full_svd_unless(w: Array, factors: Factors) -> Factors:
+    return full(Problem(TallMatrix(w), factors.s.shape[-1], 0.0)).factors
 
 
 def full(problem: Problem) -> Attempt:

@@ -15,7 +15,7 @@ factor = jax.jit(polar_factor)
 
 def partial_isometry(x, eps):
     u, s, vt = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
-    return (u * (s > np.sqrt(eps) * s[0])) @ vt if s[0] > 0 else np.zeros(x.shape)
+    return (u * (s > 64 * eps * s[0])) @ vt if s[0] > 0 else np.zeros(x.shape)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
