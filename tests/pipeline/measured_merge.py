@@ -51,7 +51,7 @@ def read_status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
-def merge(place: Path, method: str, include: str | None) -> None:
+def merge(place: Path, method: str, out: Path, include: str | None) -> None:
     """Print seconds, bytes read, planned peak and measured peak above the size after import, as JSON."""
     from rgsp_jax.pipeline import MergeConfig, merge_checkpoints, prepare
 
@@ -62,7 +62,7 @@ def merge(place: Path, method: str, include: str | None) -> None:
     before = read_status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     start = time.perf_counter()
-    result = merge_checkpoints(config, place / "out")
+    result = merge_checkpoints(config, out)
     seconds = time.perf_counter() - start
     peak = read_status("VmHWM") - before
     with prepare(config) as preparation:
@@ -75,4 +75,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "make":
         make(Path(sys.argv[2]), int(sys.argv[3]))
     else:
-        merge(Path(sys.argv[2]), sys.argv[3], (sys.argv[4:] or [None])[0])
+        merge(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), (sys.argv[5:] or [None])[0])
