@@ -115,9 +115,13 @@ class Method:
     models: tuple[int, int | None] = (2, None)
     """Least and most models it takes; None is no limit."""
     needs: frozenset[str] = frozenset()
-    """Of "base", "covariances", "key": what must be passed beside the stack."""
+    """Of "base", "covariances", "key": what must be passed beside the stack, as `base` [m, n], `inputs` and `key`."""
     scope: Literal["matrices", "tensors"] = "matrices"
-    """"matrices" merges 2-D views and leaves vectors and embeddings to the average; "tensors" takes everything."""
+    """"matrices" merges 2-D views and leaves vectors and embeddings to `rest`; "tensors" takes everything."""
+    rest: Literal["average", "first"] = "average"
+    """What becomes of the tensors out of scope: the models' average, or what they are in the first model."""
+    covariances: int | None = None
+    """Models whose covariances it needs, where it needs them; None is every one."""
     elementwise: bool = False
     """Each merged entry depends on that entry alone, so any slice may be merged apart from the rest."""
     order_invariant: bool = False

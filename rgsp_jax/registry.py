@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from rgsp_jax.grafting import graft_layer
 from rgsp_jax.merging import average, slerp
 from rgsp_jax.method import Method
 from rgsp_jax.rgsp import dgsm, gsf, relative, rgsp, rgsp_seed
@@ -48,6 +49,16 @@ TABLE = (
         relative,
         "Base-free fusion of K models: decorrelated low-rank departures from their mean.",
         order_invariant=True,
+        scale_equivariant=True,
+    ),
+    Method(
+        "graft",
+        graft_layer,
+        "Null-space graft: all the first model does on its own data, with what the second knows beside it.",
+        models=(2, 2),
+        needs=frozenset({"covariances"}),
+        rest="first",
+        covariances=1,
         scale_equivariant=True,
     ),
 )

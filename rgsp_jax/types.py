@@ -31,6 +31,20 @@ class Coupling(NamedTuple):
     converged: Bool[Array, ""]
 
 
+class InputStatistics(NamedTuple):
+    """What is known of the inputs k of a matrix [m, n] in c models: all of their covariances, or sketches of them.
+
+    For a sketch, `sketch^T sketch ~= C`, and the trace is exact.
+    """
+
+    covariance: Float[Array, "c n n"] | None = None
+    """`C = mean k k^T`."""
+    sketch: Float[Array, "c l n"] | None = None
+    trace: Float[Array, "c"] | None = None
+    held_back: Float[Array, "c rows n"] | None = None
+    """Inputs that are not in C, for proof; rows of zeros do not count."""
+
+
 class MergeOutput(NamedTuple):
     """One merged matrix and what there is to say of it.
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from references import directional_derivative
-from rgsp_jax import methods
-from test_methods import RANKED, count_for, every_method, options, siblings
+from test_methods import RANKED, count_for, every_method, run, siblings
 
 LEARNABLE = {
     "average": {"coefficients": [1.0, 2.0, 0.5]},
@@ -19,6 +18,7 @@ LEARNABLE = {
     "dgsm": {},
     "gsf": {},
     "relative": {"scale": 1.5},
+    "graft": {"ridge": 2.0},
 }
 """Every traced hyperparameter with a derivative, at a point where the merge depends on it."""
 MAPS = ("rgsp", "rgsp_seed", "dgsm")
@@ -28,7 +28,7 @@ SHAPE = (7, 5)
 def probe(name, point):
     """A generic function of the merged matrix, of the weights and of everything learnable at once."""
     hyperparameters = {key: value for key, value in point.items() if key != "stack"}
-    merged = methods[name](point["stack"], **options(name), **hyperparameters).merged
+    merged = run(name, point["stack"], **hyperparameters).merged
     weights = jnp.asarray(np.random.default_rng(0).normal(size=merged.shape))
     return jnp.sum(weights * merged) + jnp.sum(merged**2)
 

@@ -19,6 +19,7 @@ PURE = (
     "transport",
     "rgsp",
     "merging",
+    "grafting",
     "registry",
     "trees",
 )
@@ -34,13 +35,15 @@ ALLOWED = {
     "transport": FOUNDATION | {"linalg"},
     "rgsp": FOUNDATION | {"batching", "linalg", "transport", "method"},
     "merging": FOUNDATION | {"linalg", "transport", "method"},
-    "registry": {"method", "rgsp", "merging"},
+    "grafting": FOUNDATION | {"linalg", "transport", "method"},
+    "registry": {"method", "rgsp", "merging", "grafting"},
     "trees": {"method", "registry", "rules", "batching", "types"},
     "checkpoint": FOUNDATION,
     "models": FOUNDATION,
+    "activations": set(PURE) | {"checkpoint", "models"},
     "pipeline": set(PURE) | {"checkpoint", "models"},
     "demo": set(PURE) | {"checkpoint", "models", "pipeline"},
-    "cli": set(PURE) | {"checkpoint", "models", "pipeline", "demo"},
+    "cli": set(PURE) | {"checkpoint", "models", "activations", "pipeline", "demo"},
 }
 PURE_PACKAGES = {"jax", "jaxtyping", "ott", "optax", "numpy", "rgsp_jax"}
 STANDARD = {

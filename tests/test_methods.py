@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import references
 from rgsp_jax import methods
+from rgsp_jax.types import InputStatistics
 
 RANK = 3
 SHAPES = ((7, 5), (5, 8))
@@ -28,9 +29,25 @@ def options(name, **more):
     return ({"rank": RANK} if name in RANKED else {}) | more
 
 
+def needed(name, stack):
+    """What the method needs beside the stack, of the right shapes and always the same."""
+    needs = methods[name].needs
+    extras = {}
+    if "covariances" in needs:
+        count, n = methods[name].covariances or stack.shape[0], stack.shape[-1]
+        rows = jnp.asarray(np.random.default_rng(11).normal(size=(count, 20, n)) * np.geomspace(1, 0.1, n), stack.dtype)
+        covariance = jnp.einsum("cin,cim->cnm", rows[:, :15], rows[:, :15]) / 15
+        extras["inputs"] = InputStatistics(covariance=covariance, held_back=rows[:, 15:])
+    return extras
+
+
+def run(name, stack, **hyperparameters):
+    return methods[name](stack, **needed(name, stack), **options(name, **hyperparameters))
+
+
 @functools.cache
 def compiled(name, **hyperparameters):
-    return jax.jit(lambda stack: methods[name](stack, **options(name, **hyperparameters)))
+    return jax.jit(lambda stack: run(name, stack, **hyperparameters))
 
 
 def siblings(seed, count, shape, spread=0.3, dtype=np.float64):
@@ -116,16 +133,16 @@ def test_dtype_is_kept_and_small_floats_compute_in_float32(name, dtype):
 @every_method
 def test_integers_are_refused(name):
     with pytest.raises(ValueError, match="floating point"):
-        methods[name](jnp.ones((count_for(name), 4, 4), jnp.int32))
+        methods[name](jnp.ones((count_for(name), 4, 4), jnp.int32), **needed(name, jnp.ones((2, 4, 4))))
 
 
 @every_method
 def test_jit_equals_eager_and_vmap_equals_loop(name):
     stacks = jnp.stack([siblings(seed, count_for(name), (7, 5)) for seed in range(3)])
     loop = [compiled(name)(stack) for stack in stacks]
-    eager = methods[name](stacks[0], **options(name))
+    eager = run(name, stacks[0])
     assert_equal(eager.merged, loop[0].merged)
-    batch = jax.jit(jax.vmap(lambda stack: methods[name](stack, **options(name))))(stacks)
+    batch = jax.jit(jax.vmap(lambda stack: run(name, stack)))(stacks)
     for i, single in enumerate(loop):
         assert_equal(batch.merged[i], single.merged, 1e-8)
         for key, value in single.stats.items():
