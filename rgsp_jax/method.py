@@ -29,6 +29,7 @@ class Hyperparameter:
     """What a hyperparameter means and which values it takes; annotated on the method's own argument.
 
     `static` ones shape the computation and cost a compilation each; the others are traced and may be vmapped.
+    `integer` ones are counts or, between 0 and 1, fractions; `whole` ones are counts only.
     """
 
     help: str
@@ -39,6 +40,7 @@ class Hyperparameter:
     optional: bool = False
     static: bool = False
     integer: bool = False
+    whole: bool = False
 
     def problem(self, value: Any) -> str | None:
         """Why `value` is not allowed, or None where it is. Arrays pass: they are checked by what they are used for."""
@@ -52,7 +54,7 @@ class Hyperparameter:
             if self.choices == ("true", "false") or (self.choices and not self.numeric):
                 return self.expected()
             low = value > self.low if self.exclusive_low else value >= self.low
-            whole = not self.integer or (isinstance(value, int) or 0 < value < 1)
+            whole = isinstance(value, int) or not self.whole and (not self.integer or 0 < value < 1)
             return None if low and value <= self.high and math.isfinite(value) and whole else self.expected()
         return None
 
@@ -68,7 +70,8 @@ class Hyperparameter:
         elif self.numeric:
             low = f"{'more than' if self.exclusive_low else 'at least'} {self.low:g}" if math.isfinite(self.low) else ""
             high = f"at most {self.high:g}" if math.isfinite(self.high) else ""
-            parts.append(" ".join(["a number", *filter(None, [low, "and" if low and high else "", high])]))
+            noun = "a whole number" if self.whole else "a number"
+            parts.append(" ".join([noun, *filter(None, [low, "and" if low and high else "", high])]))
         parts += [repr(c) if self.choices != ("true", "false") else c for c in self.choices]
         if self.optional:
             parts.append("null")
@@ -124,15 +127,22 @@ class Method:
     """Models whose covariances it needs, where it needs them; None is every one."""
     elementwise: bool = False
     """Each merged entry depends on that entry alone, so any slice may be merged apart from the rest."""
+    exclusive: frozenset[str] = frozenset()
+    """Hyperparameters of which at most one is given."""
     order_invariant: bool = False
     keeps_copies: bool = True
     """K equal copies return the copy."""
     scale_equivariant: bool = False
-    """Scaling every model by c scales the merge by c."""
+    """Scaling every model by c scales the merge by c; the base, where it needs one, with them."""
+    rotation_equivariant: bool = False
+    """Turning the outputs (rows) of every model and of the base by one rotation turns the merge."""
 
     def __call__(self, stack: Float[Array, "k m n"], **hyperparameters: Any) -> MergeOutput:
         self.check_count(stack.shape[0])
-        output = self.fn(stack.astype(compute_dtype(stack.dtype)), **hyperparameters)
+        dtype = compute_dtype(stack.dtype)
+        if "base" in self.needs and "base" in hyperparameters:
+            hyperparameters["base"] = hyperparameters["base"].astype(dtype)
+        output = self.fn(stack.astype(dtype), **hyperparameters)
         return output._replace(merged=output.merged.astype(stack.dtype))
 
     @cached_property
@@ -177,4 +187,11 @@ class Method:
             for name, value in hyperparameters.items()
             if name in known and (expected := known[name].problem(value))
         ]
-        return unknown + wrong
+        given = sorted(name for name in self.exclusive if hyperparameters.get(name) is not None)
+        several = [f"method {self.name!r} takes one of {', '.join(given)}, not several"] if given[1:] else []
+        return unknown + wrong + several
+
+    def override(self, hyperparameters: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Hyperparameters with changes in their place; one that excludes another displaces it."""
+        displaced = self.exclusive if self.exclusive & changes.keys() else frozenset()
+        return {name: v for name, v in hyperparameters.items() if name not in displaced} | dict(changes)

@@ -58,7 +58,7 @@ def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str
     given |= dict(parse_assignment(text, "--set") for text in flags["set"])
     if given:
         fields["hyperparameters"] = merge_settings(fields.get("hyperparameters"), given, config)
-    for name in ("method", "base", "dtype", "max_shard_size", "memory", "seed", "include", "exclude"):
+    for name in ("method", "base", "covariances", "dtype", "max_shard_size", "memory", "seed", "include", "exclude"):
         if flags[name] not in (None, ()):
             fields[name] = flags[name]
     if flags["override"]:
@@ -76,6 +76,7 @@ def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory to create.")
 @click.option("--method", "-m", help="See `rgsp methods`. Default: rgsp for two models, relative for more.")
 @click.option("--base", help="The models' common ancestor, for methods that need it.")
+@click.option("--covariances", multiple=True, help="Of `rgsp covariances`, for methods that need them.")
 @click.option("--rank", help="Singular directions kept: an integer, or a fraction of min(m, n).")
 @click.option("--scale", help='Of the task vectors: a number, or "auto".')
 @click.option("--beta", help="Decay of TOS with the transport cost.")
@@ -108,6 +109,11 @@ def merge(
 ) -> None:
     """Merge MODELs (Hugging Face or Orbax directories, weight files, hf://owner/name) into a directory."""
     settings = build_config(models, config, flags)
+    run_merge(settings, out, plan_only=plan_only, resume=resume, as_json=as_json)
+
+
+def run_merge(settings: MergeConfig, out: Path | None, *, plan_only: bool, resume: bool, as_json: bool) -> None:
+    """Plan or merge, and show what came of it."""
     if plan_only:
         with prepare(settings, out) as preparation:
             if out is not None and (problems := check_place(preparation, out, resume=resume)):

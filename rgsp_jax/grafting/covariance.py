@@ -12,12 +12,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rgsp_jax.linalg.dense import matmul, widen
 
+WIDE, STRIPS = 768, 4
+
 
 class CovarianceState(NamedTuple):
     """Sums over the rows seen so far; `*_error` is what the sums' additions rounded away."""
 
     second: Float[Array, "n n"]
-    """sum k k^T."""
+    """sum k k^T, of which only the upper triangle is kept up to date."""
     second_error: Float[Array, "n n"]
     total: Float[Array, "n"]
     """sum k."""
@@ -59,7 +61,7 @@ def update_covariance(
       ValueError: shapes that do not fit.
     """
     rows = keep_rows(x, mask, state.total)
-    second, second_error = add_compensated(state.second, state.second_error, matmul(rows.T, rows))
+    second, second_error = add_compensated(state.second, state.second_error, multiply_upper(rows))
     total, total_error = add_compensated(state.total, state.total_error, jnp.sum(rows, axis=0))
     return CovarianceState(second, second_error, total, total_error, state.rows + count_rows(x, mask))
 
@@ -80,8 +82,25 @@ def combine_covariances(a: CovarianceState, b: CovarianceState) -> CovarianceSta
 def finish_covariance(state: CovarianceState) -> Covariance:
     """`C = mean k k^T` and mean k of the rows that were added."""
     count = jnp.maximum(state.rows, 1).astype(state.total.dtype)
-    second = (state.second + state.second_error) / count
-    return Covariance((second + second.T) / 2, (state.total + state.total_error) / count, state.rows)
+    upper = jnp.triu((state.second + state.second_error) / count)
+    second = upper + jnp.triu(upper, 1).T
+    return Covariance(second, (state.total + state.total_error) / count, state.rows)
+
+
+def multiply_upper(rows: Float[Array, "rows n"]) -> Float[Array, "n n"]:
+    """`rows^T rows` without most of what lies below the diagonal: strips from the diagonal to the right.
+
+    For wide inputs this saves three eighths of the multiplications, which are most of what a fold costs.
+    """
+    n = rows.shape[1]
+    if n < WIDE:
+        return matmul(rows.T, rows)
+    size = -(-n // STRIPS)
+    strips = [
+        jnp.pad(matmul(rows[:, start : start + size].T, rows[:, start:]), ((0, 0), (start, 0)))
+        for start in range(0, n, size)
+    ]
+    return jnp.concatenate(strips)
 
 
 def add_compensated(

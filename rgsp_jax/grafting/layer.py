@@ -26,7 +26,7 @@ TRUSTED = 2.0
 Ridge = Annotated[
     float | None,
     Hyperparameter(
-        f"soft: protection weakens as it grows, in units of the mean eigenvalue; {DEFAULT_RIDGE:g} where nothing is given",
+        f"soft: protects less as it grows, in units of the mean eigenvalue; {DEFAULT_RIDGE:g} if nothing is given",
         low=0,
         exclusive_low=True,
         optional=True,
@@ -54,9 +54,9 @@ def measure_disturbance(change: Float[Array, "m n"], inputs: InputStatistics) ->
     """`|change C^(1/2)|`, root mean square over the calibration inputs; of a sketch, what the sketch holds."""
     if inputs.covariance is not None:
         squared = jnp.sum(matmul(change, inputs.covariance[0].astype(change.dtype)) * change)
-    else:
-        squared = jnp.sum(matmul(change, inputs.sketch[0].T.astype(change.dtype)) ** 2)
-    return jnp.sqrt(jnp.maximum(squared, 0))
+        return jnp.sqrt(jnp.maximum(squared, 0))
+    assert inputs.sketch is not None
+    return jnp.linalg.norm(matmul(change, inputs.sketch[0].T.astype(change.dtype)))
 
 
 def graft_layer(

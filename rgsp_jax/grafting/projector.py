@@ -1,4 +1,4 @@
-"""What a layer's inputs span, and projectors on the rest: hard by energy or cutoff, soft by a ridge (SPEC.md section 4)."""
+"""What a layer's inputs span, and projectors on the rest: hard by energy or cutoff, soft by a ridge (SPEC section 4)."""
 
 from typing import NamedTuple
 
@@ -146,18 +146,18 @@ def null_space_projector(
     Raises:
       ValueError: none or several of energy, ridge and threshold.
     """
-    given = {"energy": energy, "ridge": ridge, "threshold": threshold}
-    chosen = [name for name, value in given.items() if value is not None]
-    if len(chosen) != 1:
-        raise ValueError(f"give one of energy, ridge and threshold, got {', '.join(chosen) or 'none'}")
+    settings = {"energy": energy, "ridge": ridge, "threshold": threshold}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"give one of energy, ridge and threshold, got {', '.join(given) or 'none'}")
     spectrum = covariance if isinstance(covariance, Spectrum) else decompose_covariance(covariance)
     spectrum = lax.stop_gradient(spectrum)
     rules = {"energy": energy_gains, "ridge": ridge_gains, "threshold": threshold_gains}
-    name = chosen[0]
+    ((name, value),) = given.items()
     outside = jnp.ones((), spectrum.values.dtype)
     if name == "ridge":
-        outside = _ridge_gain(spectrum.rest, jnp.asarray(ridge, spectrum.values.dtype) * spectrum.mean)
-    return NullSpaceProjector(spectrum.basis, rules[name](spectrum, given[name]), outside)
+        outside = _ridge_gain(spectrum.rest, jnp.asarray(value, spectrum.values.dtype) * spectrum.mean)
+    return NullSpaceProjector(spectrum.basis, rules[name](spectrum, value), outside)
 
 
 def numerical_rank(spectrum: Spectrum) -> Float[Array, ""]:

@@ -57,6 +57,8 @@ class MergeConfig(BaseModel):
     method: str | None = None
     """None: `rgsp` for two models, `relative` for more."""
     base: str | None = None
+    covariances: tuple[str, ...] = ()
+    """Files of `rgsp covariances`, for methods that need them: of the first model, or of every model in order."""
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     include: tuple[str, ...] = ()
     """Tensors to merge; the others are the first model's. Empty is all."""
@@ -103,6 +105,8 @@ class MergeConfig(BaseModel):
             ]
         if self.base is not None and not any("base" in methods[name].needs for name in used):
             problems.append(f"--base: method {', '.join(used)} uses no base model; leave it out")
+        if self.covariances and not any("covariances" in methods[name].needs for name in used):
+            problems.append(f"--covariances: method {', '.join(used)} uses none; leave them out")
         return problems
 
     def method_problems(self, method: Method, hyperparameters: Mapping[str, Any]) -> list[str]:
@@ -117,6 +121,14 @@ class MergeConfig(BaseModel):
             problems.append(problem)
         if "base" in method.needs and self.base is None:
             problems.append(f"method {method.name!r} needs --base, the common ancestor of the models")
+        if "covariances" in method.needs:
+            wanted = method.covariances or len(self.models)
+            if len(self.covariances) != wanted:
+                whose = "the first model" if wanted == 1 else "every model, in their order"
+                problems.append(
+                    f"method {method.name!r} needs {wanted} --covariances (of {whose}; see `rgsp covariances`),"
+                    f" not {len(self.covariances)}"
+                )
         return problems
 
     def to_yaml(self) -> str:

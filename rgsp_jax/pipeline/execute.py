@@ -6,20 +6,32 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from rgsp_jax.checkpoint import Checkpoint, ShardWriter, digest
+from rgsp_jax.checkpoint import Checkpoint, CovarianceFile, ShardWriter, digest
 from rgsp_jax.pipeline.journal import Journal
-from rgsp_jax.pipeline.kernels import ItemOutput, run_item
-from rgsp_jax.pipeline.plan import BLOCK, MergePlan, Piece, TensorTask, WorkItem
+from rgsp_jax.pipeline.kernels import NOTHING, ItemOutput, run_item
+from rgsp_jax.pipeline.plan import BLOCK, InputShape, MergePlan, Piece, TensorTask, WorkItem
+from rgsp_jax.types import InputStatistics
 
 ALIGNMENT = 64
 """jax takes a host buffer on the CPU without a copy where it is aligned so."""
 
 OnDone = Callable[[WorkItem], None]
+
+
+class ItemSources(NamedTuple):
+    """What is read for one item."""
+
+    weights: tuple[np.ndarray, ...]
+    """One buffer per model: [capacity, m, n], or [capacity, block]."""
+    inputs: InputStatistics = NOTHING
+    """[capacity, c, ...], for methods that need covariances."""
+
+
 MergedPiece = tuple[Piece, np.ndarray, dict[str, Any]]
 """Where, the data, and their part of the report."""
 
@@ -38,6 +50,7 @@ def execute(
     writer: ShardWriter,
     journal: Journal,
     *,
+    covariances: Sequence[CovarianceFile] = (),
     seed: int,
     with_base: bool,
     on_done: OnDone,
@@ -49,23 +62,23 @@ def execute(
     """
     pending = [item for item in plan.items if item.index not in journal.entries]
     reader, scribe = ThreadPoolExecutor(1, "rgsp-read"), ThreadPoolExecutor(1, "rgsp-write")
-    reads: deque[tuple[WorkItem, Future[tuple[np.ndarray, ...]]]] = deque()
+    reads: deque[tuple[WorkItem, Future[ItemSources]]] = deque()
     write: Future[None] | None = None
     try:
         ahead = iter(pending)
         for item in itertools.islice(ahead, 1):
-            reads.append((item, reader.submit(read_item, plan, item, checkpoints)))
+            reads.append((item, reader.submit(read_item, plan, item, checkpoints, covariances)))
         while reads:
             item, read = reads.popleft()
-            buffers = read.result()
+            sources = read.result()
             for following in itertools.islice(ahead, 1):
-                reads.append((following, reader.submit(read_item, plan, following, checkpoints)))
-            output = compute_item(plan, item, buffers, seed, with_base)
+                reads.append((following, reader.submit(read_item, plan, following, checkpoints, covariances)))
+            output = compute_item(plan, item, sources, seed, with_base)
             if write is not None:
                 write.result()
-            pieces = copied_pieces(item, buffers[0]) if output is None else merged_pieces(plan, item, output)
+            pieces = copied_pieces(item, sources.weights[0]) if output is None else merged_pieces(plan, item, output)
             write = scribe.submit(write_item, item, pieces, writer, journal, on_done)
-            del buffers, output, pieces, read
+            del sources, output, pieces, read
         if write is not None:
             write.result()
     finally:
@@ -75,11 +88,13 @@ def execute(
         scribe.shutdown(wait=True)
 
 
-def read_item(plan: MergePlan, item: WorkItem, checkpoints: Sequence[Checkpoint]) -> tuple[np.ndarray, ...]:
-    """One buffer per source: [capacity, m, n], or [capacity, block], straight from the files."""
+def read_item(
+    plan: MergePlan, item: WorkItem, checkpoints: Sequence[Checkpoint], covariances: Sequence[CovarianceFile] = ()
+) -> ItemSources:
+    """Everything the item's kernel takes, straight from the files."""
     group = item.group
     if group.action == "copy":
-        return (read_copies(item, checkpoints[0], group.in_dtypes[0]),)
+        return ItemSources((read_copies(item, checkpoints[0], group.in_dtypes[0]),))
     shape = (item.capacity, *(group.matrix if group.action == "matrices" else (BLOCK,)))
     buffers = tuple(empty_aligned(shape, dtype) for dtype in group.in_dtypes)
     for checkpoint, buffer in zip(checkpoints, buffers, strict=True):
@@ -88,7 +103,30 @@ def read_item(plan: MergePlan, item: WorkItem, checkpoints: Sequence[Checkpoint]
             fill(plan.tasks[piece.name], piece, checkpoint, buffer)
         used = item.pieces[-1].slot + (1 if group.action == "matrices" else -(-item.pieces[-1].size // BLOCK))
         buffer[used:] = buffer[:1] if group.action == "matrices" else 0
-    return buffers
+    if group.inputs is None:
+        return ItemSources(buffers)
+    return ItemSources(buffers, read_inputs(plan, item, group.inputs, covariances))
+
+
+def read_inputs(
+    plan: MergePlan, item: WorkItem, shape: InputShape, covariances: Sequence[CovarianceFile]
+) -> InputStatistics:
+    """The covariances, or sketches, and held-back inputs of every slot of an item."""
+    b, c, n = item.capacity, shape.models, shape.width
+    parts = {"covariance": (n, n)} if shape.kind == "full" else {"sketch": (shape.rows, n), "trace": ()}
+    if shape.held_back:
+        parts["held_back"] = (shape.held_back, n)
+    float32 = np.dtype(np.float32)
+    buffers = {name: empty_aligned((b, c, *axes), float32) for name, axes in parts.items()}
+    for name, buffer in buffers.items():
+        if name == "held_back":
+            buffer[...] = 0
+        for piece in item.pieces:
+            for k, site in enumerate(plan.tasks[piece.name].sites):
+                found = covariances[k].read(site, name)
+                buffer[piece.slot, k, *(slice(length) for length in found.shape)] = found
+        buffer[item.pieces[-1].slot + 1 :] = buffer[:1]
+    return InputStatistics(*(buffers.get(name) for name in InputStatistics._fields))  # type: ignore[arg-type]
 
 
 def read_copies(item: WorkItem, checkpoint: Checkpoint, dtype: np.dtype) -> np.ndarray:
@@ -121,7 +159,7 @@ def read_blocks(task: TensorTask, piece: Piece, checkpoint: Checkpoint, buffer: 
 
 
 def compute_item(
-    plan: MergePlan, item: WorkItem, buffers: tuple[np.ndarray, ...], seed: int, with_base: bool
+    plan: MergePlan, item: WorkItem, sources: ItemSources, seed: int, with_base: bool
 ) -> ItemOutput | None:
     """Run the kernel and wait for it; None where there is nothing to compute."""
     if item.group.action == "copy":
@@ -134,8 +172,8 @@ def compute_item(
         salts[piece.slot : piece.slot + count, 1] = np.arange(first, first + count)
     double = np.float64 in (*item.group.in_dtypes, item.group.out_dtype)
     with jax.enable_x64(double):
-        sources = tuple(jax.device_put(buffer) for buffer in buffers)
-        return jax.device_get(run_item(item.group, sources, salts, seed, with_base))
+        weights, inputs = jax.device_put(sources)
+        return jax.device_get(run_item(item.group, weights, salts, seed, with_base, inputs))
 
 
 def write_item(

@@ -13,6 +13,10 @@ from rgsp_jax.batching import map_batch
 from rgsp_jax.method import Method, compute_dtype
 from rgsp_jax.pipeline.plan import CHUNK, Group
 from rgsp_jax.registry import methods
+from rgsp_jax.types import InputStatistics
+
+NOTHING = InputStatistics()
+"""For methods that need no covariances."""
 
 
 class ItemOutput(NamedTuple):
@@ -45,7 +49,14 @@ def split_static(
     return tuple(sorted(fixed.items())), traced
 
 
-def run_item(group: Group, sources: tuple[Array, ...], salts: np.ndarray, seed: int, with_base: bool) -> ItemOutput:
+def run_item(
+    group: Group,
+    sources: tuple[Array, ...],
+    salts: np.ndarray,
+    seed: int,
+    with_base: bool,
+    inputs: InputStatistics = NOTHING,
+) -> ItemOutput:
     """Merge one item on the device.
 
     Args:
@@ -54,13 +65,14 @@ def run_item(group: Group, sources: tuple[Array, ...], salts: np.ndarray, seed: 
         salts: [b, 2] unsigned integers that name each slot, for methods that need a random key.
         seed: of the run.
         with_base: the last source is the common ancestor.
+        inputs: [b, c, ...] of every slot, for methods that need covariances.
     """
     method = methods[group.method]
     static, traced = split_static(method, group.hyperparameters)
     if "active_rank" in traced:
         traced["active_rank"] = traced["active_rank"].astype(np.int32)
     return compile_item(group.action, group.method, static, group.out_dtype, with_base)(
-        sources, traced, salts, np.uint32(seed)
+        sources, traced, salts, np.uint32(seed), inputs
     )
 
 
@@ -71,11 +83,15 @@ def compile_item(
     """The jitted kernel of one method with its static hyperparameters; shapes and dtypes retrace it."""
     method = methods[name]
 
-    def merge_one(sources: tuple[Array, ...], salt: Array, traced: dict[str, Array], seed: Array) -> ItemOutput:
+    def merge_one(
+        sources: tuple[Array, ...], salt: Array, traced: dict[str, Array], seed: Array, inputs: InputStatistics
+    ) -> ItemOutput:
         dtype = compute_dtype(*(x.dtype for x in sources))
         count = len(sources) - with_base
         stack = jnp.stack([x.astype(dtype) for x in sources[:count]])
-        needed = {"key": slot_key(seed, salt)} if "key" in method.needs else {}
+        needed: dict[str, Any] = {"key": slot_key(seed, salt)} if "key" in method.needs else {}
+        if "covariances" in method.needs:
+            needed["inputs"] = inputs
         if with_base and "base" in method.needs:
             needed["base"] = sources[-1].astype(dtype)
         parameters = {k: v if jnp.issubdtype(v.dtype, jnp.integer) else v.astype(dtype) for k, v in traced.items()}
@@ -94,12 +110,16 @@ def compile_item(
             jnp.isfinite(written).all(),
         )
 
-    def merge_matrices(sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array) -> ItemOutput:
-        return map_batch(lambda x, salt: merge_one(x, salt, traced, seed), sources, salts)
+    def merge_matrices(
+        sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array, inputs: InputStatistics
+    ) -> ItemOutput:
+        return map_batch(lambda x, salt, own: merge_one(x, salt, traced, seed, own), sources, salts, inputs)
 
-    def merge_elements(sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array) -> ItemOutput:
+    def merge_elements(
+        sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array, inputs: InputStatistics
+    ) -> ItemOutput:
         def merge_chunk(rows: tuple[Array, ...], salts: Array) -> ItemOutput:
-            return jax.vmap(lambda x, salt: merge_one(x, salt, traced, seed))(rows, salts)
+            return jax.vmap(lambda x, salt: merge_one(x, salt, traced, seed, inputs))(rows, salts)
 
         rows = tuple(x.reshape(-1, CHUNK, 1, x.shape[-1]) for x in sources)
         output = map_batch(merge_chunk, rows, salts.reshape(-1, CHUNK, 2))

@@ -35,7 +35,7 @@ from rgsp_jax.pipeline.journal import NAME as JOURNAL
 from rgsp_jax.pipeline.journal import Journal
 from rgsp_jax.pipeline.overview import dominant_dtype, needs_dtype, summarise, versions, write_overview
 from rgsp_jax.pipeline.plan import MergePlan, WorkItem
-from rgsp_jax.pipeline.preparation import Preparation, check_buffers, prepare
+from rgsp_jax.pipeline.preparation import Preparation, check_buffers, check_covariances, prepare
 from rgsp_jax.pipeline.records import build_records, collect_pieces, find_bad_inputs, find_bad_outputs
 
 Progress = Callable[[str, int, int, tuple[str, ...]], None]
@@ -95,6 +95,7 @@ def merge_checkpoints(
         fresh = not workshop.exists()
         if problems := check_place(preparation, out, resume=resume):
             raise RefusedError(problems)
+        check_covariances(preparation)
         buffer_flags = check_buffers(preparation)
         try:
             workshop.mkdir(exist_ok=True)
@@ -193,8 +194,10 @@ def fingerprint(preparation: Preparation) -> str:
     """Hash of everything that decides the output's bytes: settings, files as they lie on disk, versions, platform."""
     files = [
         [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-        for checkpoint in preparation.checkpoints
-        for path in checkpoint.weight_files
+        for path in [
+            *(path for checkpoint in preparation.checkpoints for path in checkpoint.weight_files),
+            *(file.path for file in preparation.covariances),
+        ]
     ]
     items = [
         [item.group.key, item.capacity, [[p.name, p.start, p.size] for p in item.pieces]]
@@ -225,7 +228,16 @@ def run(preparation: Preparation, writer: ShardWriter, journal: Journal, progres
     for index in journal.entries:
         on_done(plan.items[index])
     seed = preparation.config.seed
-    execute(plan, preparation.checkpoints, writer, journal, seed=seed, with_base=preparation.with_base, on_done=on_done)
+    execute(
+        plan,
+        preparation.checkpoints,
+        writer,
+        journal,
+        covariances=preparation.covariances,
+        seed=seed,
+        with_base=preparation.with_base,
+        on_done=on_done,
+    )
 
 
 def refuse_non_finite(preparation: Preparation, pieces: Pieces) -> None:

@@ -3,8 +3,8 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import ml_dtypes
@@ -26,10 +26,43 @@ ITEM_ELEMENTS = 4 * 1024 * 1024
 """Elements of each model in one work item, where single matrices are not larger: enough to hide the overheads."""
 FACTOR_SHARE = 4
 """Methods that factorise take items so many times smaller: they outweigh the overheads sooner, and progress shows."""
+MATRIX_SITES = ("full", "sketch")
+"""Kinds of site that say something of a matrix's inputs."""
 IN_FLIGHT = 3
 """Items in memory at once: one being read, one computed, one written."""
 
 Action = Literal["matrices", "elements", "copy"]
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """What covariance files hold of the inputs of a matrix, as one kernel takes it."""
+
+    kind: str
+    """full or sketch."""
+    models: int
+    width: int
+    rows: int
+    """Of a sketch; 0 of a whole covariance."""
+    held_back: int
+    """Rows of inputs kept for proof; fewer are filled up with zeros."""
+
+    @property
+    def bytes(self) -> int:
+        """Of one matrix."""
+        entries = self.width**2 if self.kind == "full" else self.rows * self.width + 1
+        return 4 * self.models * (entries + self.held_back * self.width)
+
+
+@dataclass(frozen=True)
+class InputSite:
+    """Where the inputs of a tensor lie in a covariance file, from its header."""
+
+    name: str
+    kind: str
+    width: int
+    rows: int
+    held_back: int
 
 
 @dataclass(frozen=True)
@@ -39,7 +72,7 @@ class TensorTask:
     name: str
     shape: tuple[int, ...]
     kind: str
-    """matrix, vector, embedding, buffer or excluded."""
+    """matrix, vector, embedding, buffer, excluded, or uncovered: a matrix whose inputs the covariances lack."""
     action: Action
     method: str
     hyperparameters: Mapping[str, Any]
@@ -47,6 +80,9 @@ class TensorTask:
     """On disk, of every model read (the base last)."""
     out_dtype: np.dtype
     view: MatrixView | None = None
+    sites: tuple[str, ...] = ()
+    """Of its inputs, in every covariance file that the method takes."""
+    inputs: InputShape | None = None
 
     @property
     def size(self) -> int:
@@ -64,12 +100,15 @@ class Group:
     """(m, n); (0, 0) where shapes do not matter."""
     in_dtypes: tuple[np.dtype, ...]
     out_dtype: np.dtype
+    inputs: InputShape | None = None
 
     @property
     def key(self) -> str:
         """Text that tells groups apart."""
         names = [d.name for d in (*self.in_dtypes, self.out_dtype)]
-        return json.dumps([self.action, self.method, dict(self.hyperparameters), self.matrix, names], sort_keys=True)
+        inputs = [asdict(self.inputs)] if self.inputs else []
+        facts = [self.action, self.method, dict(self.hyperparameters), self.matrix, names, *inputs]
+        return json.dumps(facts, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -94,7 +133,8 @@ class WorkItem:
 
     @property
     def bytes_in(self) -> int:
-        return sum(p.size for p in self.pieces) * sum(d.itemsize for d in self.group.in_dtypes)
+        weights = sum(p.size for p in self.pieces) * sum(d.itemsize for d in self.group.in_dtypes)
+        return weights + (len(self.pieces) * self.group.inputs.bytes if self.group.inputs else 0)
 
     @property
     def bytes_out(self) -> int:
@@ -134,6 +174,7 @@ def plan_merge(
     *,
     names: Sequence[str] | None = None,
     model_type: str | None = None,
+    sites: Sequence[Mapping[str, InputSite]] = (),
 ) -> MergePlan:
     """Plan the merge of models with these headers; pure.
 
@@ -142,12 +183,13 @@ def plan_merge(
         specs: headers of every model in order, the base (where the config has one) last.
         names: tensors of the output in order; None is all of the first model.
         model_type: of the models' architecture, where known.
+        sites: for every covariance file, tensor name -> where its inputs lie.
 
     Returns:
         The plan; `problems` lists what the settings make impossible (too little memory, a value no tensor allows).
     """
     tasks = {
-        name: plan_tensor(config, name, [s[name] for s in specs if name in s], model_type)
+        name: plan_tensor(config, name, [s[name] for s in specs if name in s], model_type, sites)
         for name in (specs[0] if names is None else names)
     }
     members: dict[str, tuple[Group, list[TensorTask]]] = {}
@@ -155,7 +197,7 @@ def plan_merge(
         group = group_of(task)
         members.setdefault(group.key, (group, []))[1].append(task)
     items: list[WorkItem] = []
-    problems = find_hyperparameter_problems(tasks.values())
+    problems = find_hyperparameter_problems(tasks.values()) + find_misfits(tasks.values())
     peak = 0
     # The slowest work first, so that the time left is foretold from it and not from the quick rest.
     ordered = sorted(members.values(), key=lambda member: -cost_per_element(member[1]))
@@ -173,7 +215,13 @@ def plan_merge(
     return MergePlan(tasks, tuple(items), groups, peak, flops, tuple(problems))
 
 
-def plan_tensor(config: MergeConfig, name: str, specs: Sequence[TensorSpec], model_type: str | None) -> TensorTask:
+def plan_tensor(
+    config: MergeConfig,
+    name: str,
+    specs: Sequence[TensorSpec],
+    model_type: str | None,
+    sites: Sequence[Mapping[str, InputSite]] = (),
+) -> TensorTask:
     """The rule, method and dtypes of one tensor."""
     first = specs[0]
     rule = classify(name, first.shape, first.dtype, model_type=model_type)
@@ -188,16 +236,35 @@ def plan_tensor(config: MergeConfig, name: str, specs: Sequence[TensorSpec], mod
         dtypes = tuple(s.dtype for s in read)
         return TensorTask(name, first.shape, kind, action, method, settings, dtypes, out_dtype, view)
 
+    def rest(kind: str) -> TensorTask:
+        return (
+            task(kind, "copy", "copy", {}, None)
+            if method.rest == "first"
+            else task(kind, "elements", "average", {}, None)
+        )
+
     if not is_merged(config, name):
         return task("excluded", "copy", "copy", {}, None)
     if rule.kind == "buffer" or first.size == 0:
         return task(rule.kind, "copy", "copy", {}, None)
     if rule.kind != "matrix" and method.scope == "matrices":
-        return task(rule.kind, "elements", "average", {}, None)
+        return rest(rule.kind)
     if method.elementwise:
         return task(rule.kind, "elements", method.name, hyperparameters, None)
     view = rule.view if method.scope == "matrices" else flatten_view(first.shape)
-    return task(rule.kind, "matrices", method.name, hyperparameters, view)
+    if "covariances" not in method.needs:
+        return task(rule.kind, "matrices", method.name, hyperparameters, view)
+    found = [of[name] for of in sites[: method.covariances] if name in of and of[name].kind in MATRIX_SITES]
+    if not found or len(found) < len(sites[: method.covariances]):
+        return rest("uncovered")
+    planned = task(rule.kind, "matrices", method.name, hyperparameters, view)
+    return replace(planned, sites=tuple(site.name for site in found), inputs=join_sites(found))
+
+
+def join_sites(sites: Sequence[InputSite]) -> InputShape:
+    """The shape that holds the inputs of all these models."""
+    first = sites[0]
+    return InputShape(first.kind, len(sites), first.width, first.rows, max(site.held_back for site in sites))
 
 
 def is_merged(config: MergeConfig, name: str) -> bool:
@@ -213,14 +280,14 @@ def settings_for(config: MergeConfig, name: str) -> tuple[Method, dict[str, Any]
         if matcher(override.pattern).search(name):
             if override.method and override.method != method.name:
                 return methods[override.method], dict(override.hyperparameters)
-            return method, hyperparameters | override.hyperparameters
+            return method, method.override(hyperparameters, override.hyperparameters)
     return method, hyperparameters
 
 
 def group_of(task: TensorTask) -> Group:
     """What one kernel can serve together with this tensor."""
     matrix = task.view.matrices[1:] if task.action == "matrices" and task.view else (0, 0)
-    return Group(task.action, task.method, task.hyperparameters, matrix, task.in_dtypes, task.out_dtype)
+    return Group(task.action, task.method, task.hyperparameters, matrix, task.in_dtypes, task.out_dtype, task.inputs)
 
 
 def size_item(group: Group, tensors: Sequence[TensorTask], memory: int) -> tuple[int, int]:
@@ -235,11 +302,12 @@ def size_item(group: Group, tensors: Sequence[TensorTask], memory: int) -> tuple
     m, n = group.matrix
     workspace = matrix_workspace(group)
     slots = sum(t.view.matrices[0] for t in tensors if t.view)
-    afford = (memory - workspace) // (IN_FLIGHT * m * n * per_element)
-    elements = ITEM_ELEMENTS // (FACTOR_SHARE if "rank" in methods[group.method].hyperparameters else 1)
+    slot = m * n * per_element + (group.inputs.bytes if group.inputs else 0)
+    afford = (memory - workspace) // (IN_FLIGHT * slot)
+    elements = ITEM_ELEMENTS // (FACTOR_SHARE if is_factorised(group.method) else 1)
     most = max(1, min(slots, elements // (m * n), afford))
     capacity = -(-slots // -(-slots // most))  # even items, so that padding is least
-    return capacity, IN_FLIGHT * capacity * m * n * per_element + workspace
+    return capacity, IN_FLIGHT * capacity * slot + workspace
 
 
 def matrix_workspace(group: Group) -> int:
@@ -247,11 +315,18 @@ def matrix_workspace(group: Group) -> int:
     m, n = group.matrix
     itemsize = max(4, *(d.itemsize for d in group.in_dtypes))
     count = len(group.in_dtypes)
-    if "rank" not in methods[group.method].hyperparameters:
+    if group.inputs:  # the covariance in compute precision, its factor or eigenvectors, and what LAPACK takes
+        return ((count + 4) * m * n + 5 * n * n) * itemsize
+    if not is_factorised(group.method):
         return (count + 2) * m * n * itemsize
     r = rank_of(group.method, group.hyperparameters, m, n)
     factors = count * (m + n) * min(4 * r + 40, min(m, n)) * 3 + 12 * r * r + 3 * min(m, n) ** 2
     return ((2 * count + 4) * m * n + factors) * itemsize
+
+
+def is_factorised(method: str) -> bool:
+    """True where matrices are taken apart, which outweighs moving them."""
+    return "rank" in methods[method].hyperparameters or "covariances" in methods[method].needs
 
 
 def rank_of(method: str, hyperparameters: Mapping[str, Any], m: int, n: int) -> int:
@@ -297,9 +372,13 @@ def cut_elements(tensors: Sequence[TensorTask], capacity: int) -> Any:
 def estimate_flops(task: TensorTask) -> float:
     """Floating-point operations of one tensor, to the leading order."""
     count = len(task.in_dtypes)
-    if task.action != "matrices" or task.view is None or "rank" not in methods[task.method].hyperparameters:
+    if task.action != "matrices" or task.view is None or not is_factorised(task.method):
         return 0.0 if task.action == "copy" else 4.0 * count * task.size
     batch, m, n = task.view.matrices
+    if task.inputs is not None:  # an eigendecomposition at worst, and the products
+        return float(
+            batch * ((9 * n**3 if task.inputs.kind == "full" else 6 * n * task.inputs.rows**2) + 8 * m * n * n)
+        )
     r = rank_of(task.method, task.hyperparameters, m, n)
     small, steps = min(m, n), min(3 * r + 20, min(m, n))
     svd = min(2 * m * n * small + 9 * small**3, 4 * m * n * steps + 4 * (m + n) * steps**2)
@@ -309,6 +388,15 @@ def estimate_flops(task: TensorTask) -> float:
 def cost_per_element(tasks: Sequence[TensorTask]) -> float:
     """FLOPs an element of these tensors takes."""
     return sum(estimate_flops(t) for t in tasks) / max(1, sum(t.size for t in tasks))
+
+
+def find_misfits(tasks: Iterable[TensorTask]) -> list[str]:
+    """Matrices whose inputs are of another width than the covariances say."""
+    return [
+        f"{task.name} {list(task.shape)} takes inputs of {task.view.matrices[2]}, its covariance is {task.inputs.width}"
+        for task in tasks
+        if task.inputs is not None and task.view is not None and task.view.matrices[2] != task.inputs.width
+    ]
 
 
 def find_hyperparameter_problems(tasks: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """Opened models and the plan of their merge, or everything that stands against it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -7,10 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from rgsp_jax.checkpoint import Checkpoint, check_output, find_problems, open_checkpoint
+from rgsp_jax.checkpoint import (
+    Checkpoint,
+    CovarianceFile,
+    check_output,
+    find_foreign,
+    find_problems,
+    open_checkpoint,
+    open_covariances,
+)
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.config import MergeConfig
-from rgsp_jax.pipeline.plan import MergePlan, is_merged, plan_merge
+from rgsp_jax.pipeline.plan import InputSite, MergePlan, is_merged, plan_merge
 from rgsp_jax.rules import BUFFER_NAMES
 
 
@@ -23,6 +32,7 @@ class Preparation:
     """The base last, where the config has one."""
     plan: MergePlan
     labels: tuple[str, ...]
+    covariances: tuple[CovarianceFile, ...] = ()
 
     @property
     def with_base(self) -> bool:
@@ -45,6 +55,12 @@ def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparatio
                 checkpoints.append(stack.enter_context(open_checkpoint(label)))
             except RefusedError as error:
                 problems += error.problems
+        covariances: list[CovarianceFile] = []
+        for path in config.covariances:
+            try:
+                covariances.append(stack.enter_context(open_covariances(path)))
+            except RefusedError as error:
+                problems += error.problems
         if out is not None:
             problems += check_output(out, checkpoints)
         if len(checkpoints) == len(labels) and checkpoints:
@@ -56,10 +72,39 @@ def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparatio
         tied = first.aliases if first.config is not None and first.format != "orbax" else {}
         names = [name for name in first.specs if name not in tied]
         model_type = (first.config or {}).get("model_type")
-        plan = plan_merge(config, [c.specs for c in checkpoints], names=names, model_type=model_type)
+        for file, checkpoint in zip(covariances, checkpoints, strict=False):
+            if strangers := [name for name in file.site_of if name not in checkpoint.specs]:
+                others = f" and {len(strangers) - 1} others" if strangers[1:] else ""
+                problems.append(
+                    f"{file.path} was made with another model: {checkpoint.path} has no {strangers[0]!r}{others}"
+                )
+        if problems:
+            raise RefusedError(problems)
+        sites = [list_sites(file) for file in covariances]
+        plan = plan_merge(config, [c.specs for c in checkpoints], names=names, model_type=model_type, sites=sites)
         if plan.problems:
             raise RefusedError(plan.problems)
-        yield Preparation(config, tuple(checkpoints), plan, tuple(labels))
+        yield Preparation(config, tuple(checkpoints), plan, tuple(labels), tuple(covariances))
+
+
+def list_sites(covariances: CovarianceFile) -> dict[str, InputSite]:
+    """Tensor name -> where its inputs lie and how much of them there is."""
+    held_back: Counter[int] = Counter()  # by width: one kernel serves all sites of a width
+    for site in covariances.sites.values():
+        if site.kind != "counts":
+            held_back[site.width] = max(held_back[site.width], covariances.shape(site.name, "held_back")[0])
+    found = {}
+    for name, site in covariances.site_of.items():
+        rows = covariances.shape(site.name, "sketch")[0] if site.kind == "sketch" else 0
+        found[name] = InputSite(site.name, site.kind, site.width, rows, held_back[site.width])
+    return found
+
+
+def check_covariances(preparation: Preparation) -> None:
+    """RefusedError where covariances were collected from other weights than the model's they stand for."""
+    pairs = zip(preparation.covariances, preparation.checkpoints, strict=False)
+    if problems := [problem for file, checkpoint in pairs for problem in find_foreign(file, checkpoint)]:
+        raise RefusedError(problems)
 
 
 def check_buffers(preparation: Preparation) -> dict[str, list[str]]:

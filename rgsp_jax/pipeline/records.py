@@ -65,7 +65,7 @@ def build_record(task: TensorTask, pieces: Sequence[Piece], digest: str, extra_f
         "method": task.method,
         "hyperparameters": dict(task.hyperparameters),
         "stats": merge_stats(numbers),
-        "flags": sorted({*flags, *extra_flags}),
+        "flags": sorted({*flags, *extra_flags, *(["no_covariance"] if task.kind == "uncovered" else [])}),
         "relative_change": relative_change(pieces),
         "digest": digest,
     }

@@ -161,7 +161,7 @@ def test_derivatives_in_the_ridge_and_in_everything():
 
 
 def test_a_layer_and_its_proof():
-    a, b, k, c = problem(rows=60)
+    a, b, k, _ = problem(rows=60)
     seen, held = k[:30], k[30:]
     inputs = InputStatistics(covariance=jnp.asarray(seen.T @ seen / 30)[None], held_back=jnp.asarray(held)[None])
     stack = jnp.asarray(np.stack([a, b]))
