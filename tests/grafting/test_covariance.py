@@ -20,6 +20,9 @@ def draw_rows(rows, n, seed=0):
     return rng.standard_normal((rows, n)) * np.linspace(0.1, 3, n) + 0.7
 
 
+finish = jax.jit(finish_covariance)
+
+
 def fold(chunks, n, dtype=jnp.float64):
     state = initial_covariance(n, dtype)
     for chunk in chunks:
@@ -30,7 +33,7 @@ def fold(chunks, n, dtype=jnp.float64):
 @pytest.mark.parametrize("n", WIDTHS)
 def test_a_fold_is_the_mean_second_moment(n):
     k = draw_rows(60, n)
-    found = finish_covariance(fold([k[:13], k[13:50], k[50:]], n))
+    found = finish(fold([k[:13], k[13:50], k[50:]], n))
     assert int(found.rows) == 60
     np.testing.assert_allclose(found.second, k.T @ k / 60, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(found.mean, k.mean(0), rtol=1e-12)
@@ -40,8 +43,8 @@ def test_a_fold_is_the_mean_second_moment(n):
 @pytest.mark.parametrize("n", WIDTHS)
 def test_two_halves_add_up_to_the_whole(n):
     k = draw_rows(64, n)
-    whole = finish_covariance(fold([k], n))
-    halves = finish_covariance(combine_covariances(fold([k[:40]], n), fold([k[40:], k[:0]], n)))
+    whole = finish(fold([k], n))
+    halves = finish(combine_covariances(fold([k[:40]], n), fold([k[40:], k[:0]], n)))
     assert int(halves.rows) == 64
     np.testing.assert_allclose(halves.second, whole.second, rtol=1e-13, atol=1e-13)
     np.testing.assert_allclose(halves.mean, whole.mean, rtol=1e-13)
@@ -71,7 +74,7 @@ def test_masked_rows_do_not_count_even_when_they_are_not_numbers():
 
 
 def test_a_row_that_counts_and_is_not_a_number_shows():
-    found = finish_covariance(fold([[[1.0, np.nan]]], 2))
+    found = finish(fold([[[1.0, np.nan]]], 2))
     assert not np.isfinite(found.second).all()
 
 

@@ -21,8 +21,11 @@ def draw_decaying(rows, n, seed=0):
     return rng.standard_normal((rows, n)) / np.arange(1, n + 1) @ basis.T + 0.1
 
 
+finish = jax.jit(finish_sketch)
+
+
 def fold(chunks, n, size, dtype=jnp.float64, seed=0):
-    state = initial_sketch(n, size, dtype, seed=seed)
+    state = jax.jit(initial_sketch, static_argnums=(0, 1, 2))(n, size, dtype, seed=seed)
     for chunk in chunks:
         state = jax.jit(update_sketch)(state, jnp.asarray(chunk, dtype))
     return state
@@ -31,7 +34,7 @@ def fold(chunks, n, size, dtype=jnp.float64, seed=0):
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float64, 1e-12), (jnp.float32, 2e-5)])
 def test_inputs_of_low_rank_are_kept_exactly(dtype, tolerance):
     k = draw_decaying(90, 40)[:, :6] @ np.random.default_rng(1).standard_normal((6, 40))
-    found = finish_sketch(fold([k[:50], k[50:]], 40, 9, dtype))
+    found = finish(fold([k[:50], k[50:]], 40, 9, dtype))
     exact = k.T @ k / 90
     factor = np.asarray(found.factor)
     error = np.linalg.norm(factor.T @ factor - exact, 2) / np.linalg.norm(exact, 2)
@@ -48,7 +51,7 @@ def test_the_error_is_within_the_bound_and_one_sided():
     bound = min((1 + j / (size - j - 1)) * values[j:].sum() for j in range(size - 1))
     errors = []
     for seed in range(5):
-        factor = np.asarray(finish_sketch(fold([k], n, size, seed=seed)).factor)
+        factor = np.asarray(finish(fold([k], n, size, seed=seed)).factor)
         left = np.linalg.eigvalsh(exact - factor.T @ factor)
         assert left.min() > -1e-10 * values[0]  # never larger than the truth
         errors.append(left.sum())
@@ -57,8 +60,8 @@ def test_the_error_is_within_the_bound_and_one_sided():
 
 def test_two_halves_add_up_to_the_whole():
     k = draw_decaying(200, 30)
-    whole = finish_sketch(fold([k], 30, 12))
-    halves = finish_sketch(combine_sketches(fold([k[:77]], 30, 12), fold([k[77:]], 30, 12)))
+    whole = finish(fold([k], 30, 12))
+    halves = finish(combine_sketches(fold([k[:77]], 30, 12), fold([k[77:]], 30, 12)))
     assert int(halves.rows) == 200
     product = np.asarray(halves.factor).T @ halves.factor
     np.testing.assert_allclose(product, np.asarray(whole.factor).T @ whole.factor, atol=1e-11)
@@ -70,7 +73,7 @@ def test_masked_rows_do_not_count_even_when_they_are_not_numbers():
     mask = np.arange(40) % 2 == 0
     state = initial_sketch(10, 10, jnp.float64)
     state = update_sketch(state, jnp.asarray(np.where(mask[:, None], k, np.inf)), jnp.asarray(mask))
-    found = finish_sketch(state)
+    found = finish(state)
     exact = k[mask].T @ k[mask] / 20
     assert int(found.rows) == 20
     np.testing.assert_allclose(np.asarray(found.factor).T @ found.factor, exact, atol=1e-10 * np.trace(exact))
@@ -81,7 +84,7 @@ def test_one_huge_direction_does_not_drown_the_others():
     rng = np.random.default_rng(3)
     k = rng.standard_normal((400, 50)) * (np.arange(50) < 10)
     k[:, 0] += 30  # the activations that transformers are known for
-    found = np.asarray(finish_sketch(fold([k], 50, 20, jnp.float32)).factor, np.float64)
+    found = np.asarray(finish(fold([k], 50, 20, jnp.float32)).factor, np.float64)
     exact = k.T @ k / 400
     rest = np.linalg.svd(found)[2][1:10]
     assert np.linalg.norm(rest[:, 10:]) < 1e-2, "what rounding leaks into directions that no input has"
@@ -89,7 +92,7 @@ def test_one_huge_direction_does_not_drown_the_others():
 
 
 def test_factors_are_orthogonal_and_descending():
-    factor = np.asarray(finish_sketch(fold([draw_decaying(100, 20)], 20, 8)).factor)
+    factor = np.asarray(finish(fold([draw_decaying(100, 20)], 20, 8)).factor)
     gram = factor @ factor.T
     np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-12)
     assert (np.diff(np.diag(gram)) <= 0).all()
