@@ -54,7 +54,7 @@ class Hyperparameter:
             if self.choices == ("true", "false") or (self.choices and not self.numeric):
                 return self.expected()
             low = value > self.low if self.exclusive_low else value >= self.low
-            whole = isinstance(value, int) or not self.whole and (not self.integer or 0 < value < 1)
+            whole = isinstance(value, int) or (not self.whole and (not self.integer or 0 < value < 1))
             return None if low and value <= self.high and math.isfinite(value) and whole else self.expected()
         return None
 

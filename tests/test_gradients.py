@@ -19,6 +19,20 @@ LEARNABLE = {
     "gsf": {},
     "relative": {"scale": 1.5},
     "graft": {"ridge": 2.0},
+    "karcher": {"coefficients": [1.0, 2.0, 0.5]},
+    "task_arithmetic": {"scale": 0.7, "coefficients": [1.0, 2.0, 0.5]},
+    "ties": {"scale": 0.7, "coefficients": [1.0, 1.1, 0.9]},
+    "dare": {"scale": 0.7, "drop_rate": 0.4, "coefficients": [1.0, 2.0, 0.5]},
+    "dare_ties": {"scale": 0.7, "drop_rate": 0.4},
+    "della": {"scale": 0.7, "drop_rate": 0.4, "window": 0.2},
+    "breadcrumbs": {"scale": 0.7, "coefficients": [1.0, 2.0, 0.5]},
+    "model_stock": {},
+    "tsv_m": {"scale": 0.7},
+    "iso_c": {"scale": 0.7},
+    "iso_cts": {"scale": 0.7},
+    "wudi": {"scale": 0.7, "learning_rate": 1e-3},
+    "knots": {"scale": 0.7, "coefficients": [1.0, 1.1, 0.9]},
+    "ace_merging": {"scale": 0.7, "ridge": 0.1},
 }
 """Every traced hyperparameter with a derivative, at a point where the merge depends on it."""
 MAPS = ("rgsp", "rgsp_seed", "dgsm")

@@ -34,7 +34,7 @@ ALLOWED = {
     "linalg": FOUNDATION,
     "transport": FOUNDATION | {"linalg"},
     "rgsp": FOUNDATION | {"batching", "linalg", "transport", "method"},
-    "merging": FOUNDATION | {"linalg", "transport", "method"},
+    "merging": FOUNDATION | {"batching", "linalg", "transport", "method"},
     "grafting": FOUNDATION | {"linalg", "transport", "method"},
     "registry": {"method", "rgsp", "merging", "grafting"},
     "trees": {"method", "registry", "rules", "batching", "types"},

@@ -1,6 +1,39 @@
 """Merge methods other than RGSP-TEFM, one file per family."""
 
+from rgsp_jax.merging.ace import ace_merging
 from rgsp_jax.merging.average import average
+from rgsp_jax.merging.breadcrumbs import breadcrumbs
+from rgsp_jax.merging.dare import dare, dare_ties
+from rgsp_jax.merging.della import della
+from rgsp_jax.merging.fisher import fisher
+from rgsp_jax.merging.isotropic import iso_c, iso_cts
+from rgsp_jax.merging.karcher import karcher
+from rgsp_jax.merging.knots import knots
+from rgsp_jax.merging.model_stock import model_stock
+from rgsp_jax.merging.regmean import regmean
 from rgsp_jax.merging.slerp import slerp
+from rgsp_jax.merging.task_arithmetic import task_arithmetic
+from rgsp_jax.merging.ties import ties
+from rgsp_jax.merging.tsv import tsv_m
+from rgsp_jax.merging.wudi import wudi
 
-__all__ = ["average", "slerp"]
+__all__ = [
+    "ace_merging",
+    "average",
+    "breadcrumbs",
+    "dare",
+    "dare_ties",
+    "della",
+    "fisher",
+    "iso_c",
+    "iso_cts",
+    "karcher",
+    "knots",
+    "model_stock",
+    "regmean",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+    "tsv_m",
+    "wudi",
+]
