@@ -9,6 +9,8 @@ from flax import nnx
 import references
 import rgsp_jax
 from rgsp_jax import merge, methods
+from rgsp_jax.grafting import ridge_graft
+from rgsp_jax.types import InputStatistics
 
 
 def tree(seed, dtype=np.float64):
@@ -106,11 +108,21 @@ def test_dtypes_are_the_first_trees(dtype):
     assert all(x.dtype == dtype for x in jax.tree.leaves(merged) if x.ndim)
 
 
+def given_to(method, tree):
+    """What the method needs beside the trees."""
+    key = {"key": jax.random.key(0)} if "key" in method.needs else {}
+    return (
+        key
+        | ({"base": tree} if "base" in method.needs else {})
+        | ({"inputs": {}} if "covariances" in method.needs else {})
+    )
+
+
 def test_equal_trees_return_the_tree():
     one = tree(0, np.float32)
     for name, method in methods.items():
         if method.keeps_copies:
-            merged, _ = merge([one] * (method.models[1] or 3), name)
+            merged, _ = merge([one] * (method.models[1] or 3), name, **given_to(method, one))
             jax.tree.map(np.testing.assert_array_equal, merged, one)
 
 
@@ -133,4 +145,30 @@ def test_all_offenders_at_once():
 
 
 def test_public_names():
-    assert set(rgsp_jax.methods) == {"average", "slerp", "rgsp", "rgsp_seed", "dgsm", "gsf", "relative"}
+    assert {"average", "slerp", "rgsp", "rgsp_seed", "dgsm", "gsf", "relative", "graft"} <= set(rgsp_jax.methods)
+
+
+def test_a_graft_takes_statistics_of_inputs_by_path():
+    """Leaves without them, vectors and embeddings are the first tree's; kernels of several matrices share theirs."""
+    a, b = tree(0), tree(1)
+    rng = np.random.default_rng(5)
+
+    def statistics(width):
+        rows = rng.normal(size=(30, width)) * np.geomspace(2, 0.1, width)
+        return InputStatistics(covariance=jnp.asarray(rows.T @ rows / 30)[None])
+
+    inputs = {"conv/kernel": statistics(12), "experts/kernel": statistics(6)}
+    merged, report = jax.jit(lambda a, b: merge([a, b], "graft", inputs=inputs, ridge=2.0))(a, b)
+    rules = dict(report.rules)
+    assert {path for path, rule in rules.items() if rule == "graft"} == set(inputs)
+    assert {rule for path, rule in rules.items() if path not in inputs} == {"copy"}
+    untouched = [key for key in a if key not in ("conv", "experts")]
+    for left, right in zip(*(jax.tree.leaves({key: x[key] for key in untouched}) for x in (merged, a)), strict=True):
+        np.testing.assert_array_equal(left, right)
+    for i in range(4):
+        expert = ridge_graft(
+            a["experts"]["kernel"][i].T, b["experts"]["kernel"][i].T, inputs["experts/kernel"].covariance[0], 2.0
+        )
+        np.testing.assert_allclose(merged["experts"]["kernel"][i], expert.T, atol=1e-12)
+    with pytest.raises(ValueError, match="method 'graft' needs inputs="):
+        merge([a, b], "graft")

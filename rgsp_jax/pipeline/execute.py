@@ -124,7 +124,8 @@ def read_inputs(
         for piece in item.pieces:
             for k, site in enumerate(plan.tasks[piece.name].sites):
                 found = covariances[k].read(site, name)
-                buffer[piece.slot, k, *(slice(length) for length in found.shape)] = found
+                where: tuple[int | slice, ...] = (piece.slot, k, *map(slice, found.shape))
+                buffer[where] = found
         buffer[item.pieces[-1].slot + 1 :] = buffer[:1]
     return InputStatistics(*(buffers.get(name) for name in InputStatistics._fields))  # type: ignore[arg-type]
 
