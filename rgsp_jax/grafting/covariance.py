@@ -43,8 +43,10 @@ def initial_covariance(n: int, dtype: jnp.dtype = jnp.float32) -> CovarianceStat
       n: width of an input.
       dtype: float32 or float64, in which the sums are kept.
     """
-    matrix, vector = jnp.zeros((n, n), dtype), jnp.zeros(n, dtype)
-    return CovarianceState(matrix, matrix, vector, vector, jnp.zeros((), jnp.int32))
+    # Buffers of their own, so that a state can be donated to the update.
+    matrices = (jnp.zeros((n, n), dtype) for _ in range(2))
+    vectors = (jnp.zeros(n, dtype) for _ in range(2))
+    return CovarianceState(*matrices, *vectors, jnp.zeros((), jnp.int32))
 
 
 def update_covariance(

@@ -1,0 +1,181 @@
+"""A Hugging Face model in memory for one purpose: its forward pass. Nothing of the checkpoint's own code is run."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from rgsp_jax.checkpoint import Checkpoint
+from rgsp_jax.checkpoint.safetensors_header import describe_failure
+from rgsp_jax.checkpoint.specs import BFLOAT16
+from rgsp_jax.errors import RefusedError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without bars and remarks of its own."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The model's config; RefusedError where transformers has no such family."""
+    directory = require_directory(checkpoint)
+    try:
+        with quiet():
+            return transformers.AutoConfig.from_pretrained(directory, **LOCAL)
+    except Exception as error:
+        kind = (checkpoint.config or {}).get("model_type")
+        raise RefusedError(
+            f"{directory}: transformers {transformers.__version__} cannot run a model of type {kind!r} (code that lies "
+            f"in a checkpoint is never run): {describe_failure(error)}"
+        ) from None
+
+
+def require_directory(checkpoint: Checkpoint) -> Path:
+    """The model's directory, which must have a config.json."""
+    if checkpoint.config is None:
+        raise RefusedError(
+            f"{checkpoint.path} has no config.json beside its weights: covariances need the model's whole directory"
+        )
+    return checkpoint.path
+
+
+def choose_class(config: Any) -> Any:
+    """The first of the config's architectures that transformers has itself, otherwise AutoModel."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModel
+
+
+def load_model(checkpoint: Checkpoint, config: Any, dtype: str) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    """The model, ready to run, and its parameters that the checkpoint has not.
+
+    Those are filled with NaN, so that every input that depends on them shows.
+
+    Raises:
+        RefusedError: the model cannot be built from its files.
+    """
+    config.use_cache = False
+    options: dict[str, Any] = {**LOCAL, "config": config, "dtype": DTYPES[dtype], "output_loading_info": True}
+    if checkpoint.format == "torch":
+        options["use_safetensors"] = False
+    try:
+        with quiet():
+            loaded, info = choose_class(config).from_pretrained(checkpoint.path, **options)
+            if hasattr(loaded, "set_experts_implementation"):
+                loaded.set_experts_implementation("eager")  # one expert at a time: its inputs are seen alone
+    except Exception as error:
+        raise RefusedError(
+            f"{checkpoint.path}: transformers cannot load the model ({describe_failure(error)})"
+        ) from None
+    if info["mismatched_keys"]:
+        raise RefusedError(
+            f"{checkpoint.path}: weights of other shapes than the config says: {info['mismatched_keys']}"
+        )
+    missing = tuple(sorted(info["missing_keys"]))
+    parameters = dict(loaded.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name in missing:
+            if name in parameters:
+                parameters[name].fill_(torch.nan)
+    model = loaded.eval().requires_grad_(False)
+    return (model.cuda() if torch.cuda.is_available() else model), missing
+
+
+def view_parameters(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
+    """Parameters of rank 2 and more, tied ones once: as they are, and as NumPy arrays."""
+    tensors = {name: tensor.data for name, tensor in model.named_parameters() if tensor.ndim >= 2}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_contiguous()}
+    arrays = {}
+    for name, tensor in tensors.items():
+        local = tensor.cpu()
+        bits = local.view(torch.int16).numpy().view(BFLOAT16) if local.dtype == torch.bfloat16 else local.numpy()
+        arrays[name] = bits
+    return tensors, arrays
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The model's tokenizer, padding on the right; RefusedError where there is none."""
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **LOCAL)
+    except Exception as error:
+        raise RefusedError(
+            f"{directory} has no tokenizer that transformers can load, and the data are texts: copy the tokenizer's "
+            f"files there ({describe_failure(error)})"
+        ) from None
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_image_processor(directory: Path) -> Any:
+    """The model's image processor, None where it has none."""
+    if not (directory / "preprocessor_config.json").exists() and not (directory / "processor_config.json").exists():
+        return None
+    try:
+        with quiet():
+            return transformers.AutoImageProcessor.from_pretrained(directory, **LOCAL)
+    except Exception as error:
+        raise RefusedError(f"{directory}: its image processor cannot be loaded ({describe_failure(error)})") from None
+
+
+def load_processor(directory: Path, model_type: str) -> Any:
+    """The model's processor of texts with images, without its video part where torchvision is missing.
+
+    Raises:
+        RefusedError: there is none, or it cannot be loaded.
+    """
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    name = find_processor_name(directory) or PROCESSOR_MAPPING_NAMES.get(model_type)
+    found = getattr(transformers, name or "", None)
+    if found is None:
+        raise RefusedError(f"{directory} has no processor of texts with images that transformers knows ({name})")
+    if not transformers.utils.is_torchvision_available():
+        found = drop_video(found)
+    try:
+        with quiet():
+            processor = found.from_pretrained(directory, **LOCAL)
+    except Exception as error:
+        raise RefusedError(f"{directory}: its {name} cannot be loaded ({describe_failure(error)})") from None
+    processor.tokenizer.padding_side = "right"
+    return processor
+
+
+def find_processor_name(directory: Path) -> str | None:
+    """The class that a model's files name."""
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        try:
+            name = json.loads((directory / file).read_text()).get("processor_class")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(name, str):
+            return name
+    return None
+
+
+def drop_video(processor: Any) -> Any:
+    """The same processor class without a video processor, which transformers cannot make without torchvision."""
+    kept = [name for name in processor.get_attributes() if "video" not in name]
+    return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda _: kept)})
