@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rgsp_jax.linalg.dense import matmul
 from rgsp_jax.linalg.mean import stack_mean
@@ -40,12 +40,8 @@ def karcher(
     uniform = jnp.full(count, 1 / count, stack.dtype)
     shares = uniform if coefficients is None else jnp.asarray(coefficients, stack.dtype)
     shares = shares / shares.sum()
-    gram = gram_matrix(stack)
-    squares = jnp.diagonal(gram)
-    alive = squares > 0
-    norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0)
-    inverse = jnp.where(alive, 1 / jnp.where(alive, norms, 1), 0)
-    cosines = jnp.clip(gram * inverse[:, None] * inverse[None, :], -1, 1)
+    norms, inverse, cosines, parallel = compare_directions(stack)
+    alive = norms > 0
     active = jnp.where(alive, shares, 0)
     total = active.sum()
     active = active / jnp.where(total > 0, total, 1)
@@ -71,7 +67,7 @@ def karcher(
     start, regular = normalise(active)
     direction, step = lax.fori_loop(0, iterations, advance, (start, jnp.zeros((), stack.dtype)))
     smallest = jnp.min(jnp.where(alive[:, None] & alive[None, :], cosines, 1))
-    parallel = (1 - smallest <= 4 * eps) | (total == 0)
+    parallel = parallel | (total == 0)
     factors = jnp.sum(shares * norms) * direction * inverse
     merged = jnp.where(parallel, stack_mean(stack, shares), jnp.tensordot(factors, stack, axes=1))
     stats = {
@@ -83,13 +79,24 @@ def karcher(
     return MergeOutput(merged, stats)
 
 
-def gram_matrix(stack: Float[Array, "k m n"]) -> Float[Array, "k k"]:
-    """Inner products of the models, through their differences from the first: exact for equal models."""
-    first, difference = stack[0], (stack[1:] - stack[:1]).reshape(stack.shape[0] - 1, -1)
-    square = jnp.sum(first * first)
-    across = jnp.concatenate([jnp.zeros(1, stack.dtype), matmul(difference, first.reshape(-1))])
-    among = jnp.pad(matmul(difference, difference.T), ((1, 0), (1, 0)))
-    return square + across[:, None] + across[None, :] + among
+def compare_directions(
+    stack: Float[Array, "k m n"],
+) -> tuple[Float[Array, "k"], Float[Array, "k"], Float[Array, "k k"], Bool[Array, ""]]:
+    """Lengths, their reciprocals (0 for 0), the cosines between models, and whether rounding tells no direction apart.
+
+    Sines are measured against the first model that is not zero, since a cosine has no digits left near 1.
+    """
+    squares = jnp.sum(stack * stack, axis=(1, 2))
+    alive = squares > 0
+    norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0)
+    inverse = jnp.where(alive, 1 / jnp.where(alive, norms, 1), 0)
+    flat = stack.reshape(stack.shape[0], -1)
+    cosines = jnp.clip(matmul(flat, flat.T) * inverse[:, None] * inverse[None, :], -1, 1)
+    first = jnp.argmax(alive)
+    ratios = norms * inverse[first]
+    apart = jnp.sum((stack - ratios[:, None, None] * stack[first][None]) ** 2, axis=(1, 2))
+    bound = 16 * float(jnp.finfo(stack.dtype).eps)  # of the squared sine; an eighth of it is what the length would lose
+    return norms, inverse, cosines, jnp.all(apart <= bound * squares)
 
 
 def angle_over_sine(cosine: Float[Array, "k"]) -> Float[Array, "k"]:
