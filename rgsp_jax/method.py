@@ -123,8 +123,8 @@ class Method:
     """"matrices" merges 2-D views and leaves vectors and embeddings to `rest`; "tensors" takes everything."""
     rest: Literal["average", "first"] = "average"
     """What becomes of the tensors out of scope: the models' average, or what they are in the first model."""
-    covariances: int | None = None
-    """Models whose covariances it needs, where it needs them; None is every one."""
+    covariances: tuple[int, ...] = ()
+    """How many models' covariances it takes, where it needs them; empty is every one's."""
     elementwise: bool = False
     """Each merged entry depends on that entry alone, so any slice may be merged apart from the rest."""
     exclusive: frozenset[str] = frozenset()
@@ -190,6 +190,10 @@ class Method:
         given = sorted(name for name in self.exclusive if hyperparameters.get(name) is not None)
         several = [f"method {self.name!r} takes one of {', '.join(given)}, not several"] if given[1:] else []
         return unknown + wrong + several
+
+    def covariance_counts(self, models: int) -> tuple[int, ...]:
+        """How many covariance files it takes for so many models."""
+        return () if "covariances" not in self.needs else self.covariances or (models,)
 
     def override(self, hyperparameters: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """Hyperparameters with changes in their place; one that excludes another displaces it."""

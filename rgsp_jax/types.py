@@ -32,7 +32,7 @@ class Coupling(NamedTuple):
 
 
 class InputStatistics(NamedTuple):
-    """What is known of the inputs k of a matrix [m, n] in c models: all of their covariances, or sketches of them.
+    """What is known of the inputs k of a matrix [m, n] in c models: whole covariances, sketches or spectra of them.
 
     For a sketch, `sketch^T sketch ~= C`, and the trace is exact.
     """
@@ -41,6 +41,12 @@ class InputStatistics(NamedTuple):
     """`C = mean k k^T`."""
     sketch: Float[Array, "c l n"] | None = None
     trace: Float[Array, "c"] | None = None
+    values: Float[Array, "c k"] | None = None
+    """Or eigenvalues, descending, of the leading k,"""
+    basis: Float[Array, "c n k"] | None = None
+    """eigenvectors"""
+    rest: Float[Array, "c"] | None = None
+    """and the eigenvalue of every direction outside."""
     held_back: Float[Array, "c rows n"] | None = None
     """Inputs that are not in C, for proof; rows of zeros do not count."""
 

@@ -43,7 +43,8 @@ ALLOWED = {
     "activations": set(PURE) | {"checkpoint", "models"},
     "pipeline": set(PURE) | {"checkpoint", "models"},
     "demo": set(PURE) | {"checkpoint", "models", "pipeline"},
-    "cli": set(PURE) | {"checkpoint", "models", "activations", "pipeline", "demo"},
+    "sweep": set(PURE) | {"checkpoint", "pipeline"},
+    "cli": set(PURE) | {"checkpoint", "models", "activations", "pipeline", "demo", "sweep"},
 }
 PURE_PACKAGES = {"jax", "jaxtyping", "ott", "optax", "numpy", "rgsp_jax"}
 STANDARD = {

@@ -40,8 +40,9 @@ def needed(name, stack):
     if "key" in needs:
         extras["key"] = jax.random.key(3)
     if "covariances" in needs:
-        count, n = methods[name].covariances or stack.shape[0], stack.shape[-1]
-        rows = jnp.asarray(np.random.default_rng(11).normal(size=(count, 20, n)) * np.geomspace(1, 0.1, n), stack.dtype)
+        count, n = methods[name].covariance_counts(stack.shape[0])[0], stack.shape[-1]
+        wide = jnp.float64 if stack.dtype == jnp.float64 else jnp.float32
+        rows = jnp.asarray(np.random.default_rng(11).normal(size=(count, 20, n)) * np.geomspace(1, 0.1, n), wide)
         covariance = jnp.einsum("cin,cim->cnm", rows[:, :15], rows[:, :15]) / 15
         extras["inputs"] = InputStatistics(covariance=covariance, held_back=rows[:, 15:])
     return extras

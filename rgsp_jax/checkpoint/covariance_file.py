@@ -1,9 +1,11 @@
 """Files of layer-input covariances: one safetensors file whose header lists the sites, checked before it is believed.
 
 A *site* is a place in a model where an input is seen: the weights that multiply it, or the table that looks it up.
-Tensors by site and kind: `full` has `covariance` [n, n] = mean k k^T, `sketch` has `sketch` [l, n] with
-`sketch^T sketch ~ mean k k^T` and its exact `trace` []; both have `mean` [n] = mean k and `held_back` [h, n], rows of
-inputs that are in no sum; `counts` has `counts` and `held_back_counts` [vocabulary].
+Tensors by site and kind: `full` has `covariance` [n, n] = mean k k^T; `sketch` has `sketch` [l, n] with
+`sketch^T sketch ~ mean k k^T` and its exact `trace` []; `spectrum` has the leading eigenvalues `values` [l] of either,
+their eigenvectors `basis` [n, l], and the eigenvalue `rest` [] of every other direction. All three have `mean` [n] =
+mean k and `held_back` [h, n], rows of inputs that are in no sum. `counts` has `counts` and `held_back_counts`
+[vocabulary].
 """
 
 import json
@@ -25,7 +27,7 @@ from rgsp_jax.checkpoint.specs import Checkpoint, TensorSpec
 from rgsp_jax.errors import RefusedError
 
 FORMAT, VERSION = "rgsp_jax.covariances", "1"
-SiteKind = Literal["full", "sketch", "counts"]
+SiteKind = Literal["full", "sketch", "spectrum", "counts"]
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 DIGEST = re.compile(r"[0-9a-f]{32}")
 
@@ -35,6 +37,13 @@ PARTS: Mapping[str, Mapping[str, tuple[np.dtype, tuple[str, ...]]]] = MappingPro
         "sketch": {
             "sketch": (F32, ("rows", "n")),
             "trace": (F32, ()),
+            "mean": (F32, ("n",)),
+            "held_back": (F32, ("rows", "n")),
+        },
+        "spectrum": {
+            "values": (F32, ("rows",)),
+            "basis": (F32, ("n", "rows")),
+            "rest": (F32, ()),
             "mean": (F32, ("n",)),
             "held_back": (F32, ("rows", "n")),
         },

@@ -5,6 +5,9 @@ from typing import Any
 
 import click
 
+from rgsp_jax.activations.collect import collect_covariances
+from rgsp_jax.activations.settings import CovarianceSettings
+from rgsp_jax.cli.display import example_bar
 from rgsp_jax.cli.merge import parse_override, run_merge
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import parse_config
@@ -17,6 +20,7 @@ RULES = ("ridge", "energy", "threshold")
 @click.argument("donor")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory to create.")
 @click.option("--covariances", help="File of `rgsp covariances RECIPIENT`.")
+@click.option("--donor-covariances", help="Of the donor's inputs, or what they are thought to be; for a ridge.")
 @click.option("--data", help="Or what to collect them from: .jsonl, .txt, .npz or a directory of images.")
 @click.option("--field", help="Of a .jsonl file's lines that holds the text.")
 @click.option("--ridge", type=float, help="Soft: protects less as it grows, in mean eigenvalues. Default 3.")
@@ -50,17 +54,18 @@ def graft(
     if (covariances is None) == (data is None):
         raise RefusedError("give --covariances FILE, or --data FILE to collect them from, and not both")
     given = {name: flags.pop(name) for name in RULES}
+    donors = flags.pop("donor_covariances")
     fields: dict[str, Any] = {
         "models": (recipient, donor),
         "method": "graft",
         "hyperparameters": {name: value for name, value in given.items() if value is not None},
         "overrides": [parse_override(text) for text in flags.pop("per_layer")],
-        "covariances": (covariances or str(name_covariances(out)),),
+        "covariances": (covariances or str(name_covariances(out)), *filter(None, [donors])),
     }
     fields |= {name: value for name, value in flags.items() if value not in (None, ())}
     settings = parse_config(fields, "command line")
     if data is not None:
-        collect_first(recipient, data, field, settings.covariances[0], plan_only)
+        collect_first(recipient, data, field, Path(settings.covariances[0]), resume=resume)
     run_merge(settings, out, plan_only=plan_only, resume=resume, as_json=as_json)
 
 
@@ -71,6 +76,10 @@ def name_covariances(out: Path | None) -> Path:
     return out.with_name(out.name + ".covariances.safetensors")
 
 
-def collect_first(model: str, data: str, field: str | None, path: str, plan_only: bool) -> None:
-    """Collect the recipient's covariances, unless an earlier run did."""
-    raise NotImplementedError
+def collect_first(model: str, data: str, field: str | None, path: Path, *, resume: bool) -> None:
+    """Collect the recipient's covariances, unless the run that is resumed did."""
+    if resume and path.exists():
+        return
+    settings = CovarianceSettings(**({"field": field} if field else {}))
+    with example_bar() as progress:
+        collect_covariances(model, data, path, settings, progress)

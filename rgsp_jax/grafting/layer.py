@@ -45,18 +45,25 @@ def decompose_inputs(inputs: InputStatistics) -> Spectrum:
     """Spectrum of the first model's inputs, from whichever is there."""
     if inputs.covariance is not None:
         return decompose_covariance(inputs.covariance[0])
+    if inputs.values is not None and inputs.basis is not None and inputs.rest is not None:
+        return Spectrum(inputs.values[0], inputs.basis[0], inputs.rest[0])
     if inputs.sketch is None or inputs.trace is None:
-        raise ValueError("a graft needs the covariance of the recipient's inputs, or a sketch with its trace")
+        raise ValueError(
+            "a graft needs the covariance of the recipient's inputs, a sketch with its trace, or a spectrum"
+        )
     return decompose_sketch(inputs.sketch[0], inputs.trace[0])
 
 
 def measure_disturbance(change: Float[Array, "m n"], inputs: InputStatistics) -> Float[Array, ""]:
-    """`|change C^(1/2)|`, root mean square over the calibration inputs; of a sketch, what the sketch holds."""
+    """`|change C^(1/2)|`, root mean square over the calibration inputs, on as many directions as are known."""
     if inputs.covariance is not None:
         squared = jnp.sum(matmul(change, inputs.covariance[0].astype(change.dtype)) * change)
         return jnp.sqrt(jnp.maximum(squared, 0))
-    assert inputs.sketch is not None
-    return jnp.linalg.norm(matmul(change, inputs.sketch[0].T.astype(change.dtype)))
+    if inputs.sketch is not None:
+        return jnp.linalg.norm(matmul(change, inputs.sketch[0].T.astype(change.dtype)))
+    assert inputs.values is not None and inputs.basis is not None
+    along = matmul(change, inputs.basis[0].astype(change.dtype))
+    return jnp.sqrt(jnp.sum(along**2 * inputs.values[0].astype(change.dtype)[None, :]))
 
 
 def graft_layer(
@@ -70,7 +77,8 @@ def graft_layer(
 
     Args:
       stack: A and B [2, m, n].
-      inputs: of this matrix in A (the first of c), on the data that A must not get worse on.
+      inputs: of this matrix in A (the first of c), on the data that A must not get worse on; a second whole covariance
+        is the metric of the donor's side, for a ridge.
       ridge, energy, threshold: at most one; none is the ridge's default.
 
     Returns:
@@ -91,7 +99,9 @@ def graft_layer(
     stats: dict[str, Array] = {}
     small = jnp.asarray(False)
     if "ridge" in given and inputs.covariance is not None:
-        merged = ridge_graft(a, b, inputs.covariance[0].astype(a.dtype), given["ridge"])
+        covariances = inputs.covariance.astype(a.dtype)
+        other = covariances[1] if covariances.shape[0] > 1 else None
+        merged = ridge_graft(a, b, covariances[0], given["ridge"], other)
     else:
         spectrum = decompose_inputs(inputs)
         projector = null_space_projector(spectrum, **given)

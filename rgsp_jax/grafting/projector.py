@@ -1,4 +1,4 @@
-"""What a layer's inputs span, and projectors on the rest: hard by energy or cutoff, soft by a ridge (SPEC section 4)."""
+"""What a layer's inputs span, and projectors on the rest: hard by energy or cutoff, soft by a ridge (SPEC.md, 4)."""
 
 from typing import NamedTuple
 

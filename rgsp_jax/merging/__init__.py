@@ -10,7 +10,7 @@ from rgsp_jax.merging.isotropic import iso_c, iso_cts
 from rgsp_jax.merging.karcher import karcher
 from rgsp_jax.merging.knots import knots
 from rgsp_jax.merging.model_stock import model_stock
-from rgsp_jax.merging.regmean import regmean
+from rgsp_jax.merging.regmean import regmean, regmean_layer
 from rgsp_jax.merging.slerp import slerp
 from rgsp_jax.merging.task_arithmetic import task_arithmetic
 from rgsp_jax.merging.ties import ties
@@ -31,6 +31,7 @@ __all__ = [
     "knots",
     "model_stock",
     "regmean",
+    "regmean_layer",
     "slerp",
     "task_arithmetic",
     "ties",

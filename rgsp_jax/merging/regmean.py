@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from rgsp_jax.linalg.mean import stack_mean
 from rgsp_jax.method import Hyperparameter
-from rgsp_jax.types import MergeOutput
+from rgsp_jax.types import InputStatistics, MergeOutput
 
 OffDiagonal = Annotated[Any, Hyperparameter("factor on the covariances' off-diagonal entries", low=0, high=1)]
 
@@ -51,3 +51,16 @@ def regmean(
     departure = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(system), True), right.T).T * unit[None, :]
     singular = ~jnp.isfinite(departure).all()
     return MergeOutput(mean + jnp.where(singular, 0, departure), {"covariance_singular": singular})
+
+
+def regmean_layer(
+    stack: Float[Array, "k m n"], inputs: InputStatistics, off_diagonal: OffDiagonal = 0.9
+) -> MergeOutput:
+    """`regmean` of one matrix with every model's whole covariance.
+
+    Raises:
+        ValueError: sketches or spectra in place of covariances.
+    """
+    if inputs.covariance is None:
+        raise ValueError("RegMean needs whole covariances, of every model")
+    return regmean(stack, inputs.covariance, off_diagonal)

@@ -122,12 +122,16 @@ class MergeConfig(BaseModel):
         if "base" in method.needs and self.base is None:
             problems.append(f"method {method.name!r} needs --base, the common ancestor of the models")
         if "covariances" in method.needs:
-            wanted = method.covariances or len(self.models)
-            if len(self.covariances) != wanted:
-                whose = "the first model" if wanted == 1 else "every model, in their order"
+            wanted = method.covariance_counts(len(self.models))
+            if len(self.covariances) not in wanted:
                 problems.append(
-                    f"method {method.name!r} needs {wanted} --covariances (of {whose}; see `rgsp covariances`),"
-                    f" not {len(self.covariances)}"
+                    f"method {method.name!r} needs {' or '.join(map(str, wanted))} --covariances (of the models in"
+                    f" their order, see `rgsp covariances`), not {len(self.covariances)}"
+                )
+            hard = [name for name in ("energy", "threshold") if hyperparameters.get(name) is not None]
+            if hard and len(self.covariances) > 1:
+                problems.append(
+                    f"{hard[0]} takes the recipient's covariances alone: leave the donor's out, or use ridge"
                 )
         return problems
 

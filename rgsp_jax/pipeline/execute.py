@@ -111,13 +111,10 @@ def read_item(
 def read_inputs(
     plan: MergePlan, item: WorkItem, shape: InputShape, covariances: Sequence[CovarianceFile]
 ) -> InputStatistics:
-    """The covariances, or sketches, and held-back inputs of every slot of an item."""
-    b, c, n = item.capacity, shape.models, shape.width
-    parts = {"covariance": (n, n)} if shape.kind == "full" else {"sketch": (shape.rows, n), "trace": ()}
-    if shape.held_back:
-        parts["held_back"] = (shape.held_back, n)
+    """What the files hold of the inputs of every slot of an item."""
+    b, c = item.capacity, shape.models
     float32 = np.dtype(np.float32)
-    buffers = {name: empty_aligned((b, c, *axes), float32) for name, axes in parts.items()}
+    buffers = {name: empty_aligned((b, c, *axes), float32) for name, axes in shape.parts.items()}
     for name, buffer in buffers.items():
         if name == "held_back":
             buffer[...] = 0

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ ITEM_ELEMENTS = 4 * 1024 * 1024
 """Elements of each model in one work item, where single matrices are not larger: enough to hide the overheads."""
 FACTOR_SHARE = 4
 """Methods that factorise take items so many times smaller: they outweigh the overheads sooner, and progress shows."""
-MATRIX_SITES = ("full", "sketch")
+MATRIX_SITES = ("full", "sketch", "spectrum")
 """Kinds of site that say something of a matrix's inputs."""
 IN_FLIGHT = 3
 """Items in memory at once: one being read, one computed, one written."""
@@ -39,19 +39,29 @@ class InputShape:
     """What covariance files hold of the inputs of a matrix, as one kernel takes it."""
 
     kind: str
-    """full or sketch."""
+    """full, sketch or spectrum; mixed where models differ, which no method takes."""
     models: int
     width: int
     rows: int
-    """Of a sketch; 0 of a whole covariance."""
+    """Of a sketch, or eigenvectors of a spectrum; 0 of a whole covariance."""
     held_back: int
     """Rows of inputs kept for proof; fewer are filled up with zeros."""
 
     @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays of one matrix in one model, named as in the file and in InputStatistics."""
+        n = self.width
+        arrays: dict[str, dict[str, tuple[int, ...]]] = {
+            "full": {"covariance": (n, n)},
+            "sketch": {"sketch": (self.rows, n), "trace": ()},
+            "spectrum": {"values": (self.rows,), "basis": (n, self.rows), "rest": ()},
+        }
+        return arrays.get(self.kind, {}) | ({"held_back": (self.held_back, n)} if self.held_back else {})
+
+    @property
     def bytes(self) -> int:
         """Of one matrix."""
-        entries = self.width**2 if self.kind == "full" else self.rows * self.width + 1
-        return 4 * self.models * (entries + self.held_back * self.width)
+        return 4 * self.models * sum(math.prod(shape) for shape in self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -254,8 +264,8 @@ def plan_tensor(
     view = rule.view if method.scope == "matrices" else flatten_view(first.shape)
     if "covariances" not in method.needs:
         return task(rule.kind, "matrices", method.name, hyperparameters, view)
-    found = [of[name] for of in sites[: method.covariances] if name in of and of[name].kind in MATRIX_SITES]
-    if not found or len(found) < len(sites[: method.covariances]):
+    found = [of[name] for of in sites if name in of and of[name].kind in MATRIX_SITES]
+    if not found or len(found) < len(sites):
         return rest("uncovered")
     planned = task(rule.kind, "matrices", method.name, hyperparameters, view)
     return replace(planned, sites=tuple(site.name for site in found), inputs=join_sites(found))
@@ -264,7 +274,8 @@ def plan_tensor(
 def join_sites(sites: Sequence[InputSite]) -> InputShape:
     """The shape that holds the inputs of all these models."""
     first = sites[0]
-    return InputShape(first.kind, len(sites), first.width, first.rows, max(site.held_back for site in sites))
+    kind = first.kind if {site.kind for site in sites} == {first.kind} else "mixed"
+    return InputShape(kind, len(sites), first.width, first.rows, max(site.held_back for site in sites))
 
 
 def is_merged(config: MergeConfig, name: str) -> bool:
@@ -390,9 +401,15 @@ def cost_per_element(tasks: Sequence[TensorTask]) -> float:
     return sum(estimate_flops(t) for t in tasks) / max(1, sum(t.size for t in tasks))
 
 
-def find_misfits(tasks: Iterable[TensorTask]) -> list[str]:
-    """Matrices whose inputs are of another width than the covariances say."""
-    return [
+def find_misfits(tasks: Collection[TensorTask]) -> list[str]:
+    """Matrices whose inputs are of another width than the covariances say, or known too differently to be combined."""
+    mixed = [
+        f"{task.name}: several models' covariances are combined only where all are whole; give --memory to"
+        " `rgsp covariances` for that"
+        for task in tasks
+        if task.inputs is not None and task.inputs.models > 1 and task.inputs.kind != "full"
+    ]
+    return mixed + [
         f"{task.name} {list(task.shape)} takes inputs of {task.view.matrices[2]}, its covariance is {task.inputs.width}"
         for task in tasks
         if task.inputs is not None and task.view is not None and task.view.matrices[2] != task.inputs.width

@@ -87,6 +87,10 @@ def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparatio
         yield Preparation(config, tuple(checkpoints), plan, tuple(labels), tuple(covariances))
 
 
+LENGTHS = {"sketch": "sketch", "spectrum": "values"}
+"""Kind of site -> the array whose length is its number of rows."""
+
+
 def list_sites(covariances: CovarianceFile) -> dict[str, InputSite]:
     """Tensor name -> where its inputs lie and how much of them there is."""
     held_back: Counter[int] = Counter()  # by width: one kernel serves all sites of a width
@@ -95,7 +99,7 @@ def list_sites(covariances: CovarianceFile) -> dict[str, InputSite]:
             held_back[site.width] = max(held_back[site.width], covariances.shape(site.name, "held_back")[0])
     found = {}
     for name, site in covariances.site_of.items():
-        rows = covariances.shape(site.name, "sketch")[0] if site.kind == "sketch" else 0
+        rows = covariances.shape(site.name, LENGTHS[site.kind])[0] if site.kind in LENGTHS else 0
         found[name] = InputSite(site.name, site.kind, site.width, rows, held_back[site.width])
     return found
 

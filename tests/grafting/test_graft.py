@@ -219,3 +219,33 @@ def test_float32_and_vmap():
     sweep = jax.vmap(lambda r: graft(a, b, null_space_projector(spectrum, ridge=r)))(ridges)
     for merged, ridge in zip(sweep, ridges, strict=True):
         np.testing.assert_allclose(merged, ridge_graft(a, b, c, ridge), atol=1e-10)
+
+
+def test_a_donor_metric_is_the_two_sided_least_squares_solution():
+    a, b, k, c = problem(rank=6)
+    rng = np.random.default_rng(4)
+    other = rng.normal(size=(50, N)) * np.geomspace(1, 3, N)
+    donor = other.T @ other / 50
+    metric = 0.02 * np.eye(N) + 0.98 * donor / (np.trace(donor) / N)
+    mu, ridge = np.trace(c) / N, 0.7
+    expected = (a @ c + ridge * mu * b @ metric) @ np.linalg.inv(c + ridge * mu * metric)
+    np.testing.assert_allclose(ridge_graft(a, b, c, ridge, donor), expected, atol=1e-9)
+    # where both feel the same inputs it is an interpolation
+    same = 0.3 * np.eye(N)
+    np.testing.assert_allclose(ridge_graft(a, b, same, ridge, 5 * same), a + ridge / (1 + ridge) * (b - a), atol=1e-12)
+    inputs = InputStatistics(covariance=jnp.asarray(np.stack([c, donor])), held_back=jnp.asarray(k)[None])
+    output = graft_layer(jnp.asarray(np.stack([a, b])), inputs, ridge=ridge)
+    np.testing.assert_allclose(output.merged, expected, atol=1e-9)
+
+
+def test_a_spectrum_serves_as_its_covariance():
+    a, b, _, c = problem()
+    stack = jnp.asarray(np.stack([a, b]))
+    spectrum = decompose_covariance(c)
+    known = InputStatistics(values=spectrum.values[None], basis=spectrum.basis[None], rest=spectrum.rest[None])
+    for setting in ({"ridge": 0.5}, {"energy": 0.9}, {"threshold": 0.1}):
+        one = graft_layer(stack, known, **setting)
+        two = graft_layer(stack, InputStatistics(covariance=jnp.asarray(c)[None]), **setting)
+        np.testing.assert_allclose(one.merged, two.merged, atol=1e-10)
+        for name in ("donor_share", "output_change_seen"):
+            np.testing.assert_allclose(one.stats[name], two.stats[name], atol=1e-7)

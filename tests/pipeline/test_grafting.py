@@ -1,4 +1,4 @@
-"""Grafts through the pipeline: the right covariance for every matrix, the recipient for the rest, proof in the report."""
+"""Grafts through the pipeline: every matrix by its own inputs, the recipient for the rest, proof in the report."""
 
 import json
 from collections.abc import Mapping
@@ -185,7 +185,10 @@ def test_settings_that_cannot_be_are_named(tmp_path, config):
     bad = {"hyperparameters": {"ridge": 1.0, "energy": 0.5}, "covariances": ()}
     problems = refused(config.model_copy(update=bad), tmp_path / "out")
     assert any("takes one of energy, ridge, not several" in problem for problem in problems)
-    assert any("needs 1 --covariances (of the first model; see `rgsp covariances`), not 0" in p for p in problems)
+    assert any(
+        "needs 1 or 2 --covariances (of the models in their order, see `rgsp covariances`), not 0" in p
+        for p in problems
+    )
     (problem,) = refused(config.model_copy(update={"method": "average"}), tmp_path / "out")
     assert problem == "--covariances: method average uses none; leave them out"
     (problem,) = refused(config.model_copy(update={"covariances": ("nowhere",)}), tmp_path / "out")

@@ -27,6 +27,7 @@ from rgsp_jax.pipeline.report import (
 )
 from rgsp_jax.pipeline.tensor_rows import LayerAxis, Location, TensorRow, load_glossary, locate, name_module_kind
 from rgsp_jax.registry import methods
+from rgsp_jax.types import InputStatistics
 
 EVIL = "<script>alert(1)</script>\"'&"
 
@@ -361,7 +362,7 @@ def test_empty_run_says_so():
 
 
 def test_every_warning_is_there_in_plain_words():
-    records = make_records(layers=4)
+    records = make_records(layers=12)
     flags = [*load_glossary()["flags"], "something_new", "karcher_unconverged", "nonfinite"]
     for i, flag in enumerate(flags):
         records[i]["flags"] = [flag]
@@ -511,9 +512,12 @@ def test_glossary_knows_what_the_methods_say():
     stack = jax.ShapeDtypeStruct((2, 8, 6), jnp.float32)
     assert set(methods) <= set(glossary["methods"])
     for method in methods.values():
-        if method.models[0] <= 2 and not method.needs:
-            stats = jax.eval_shape(lambda s, method=method: method(s), stack).stats
-            flags = {name for name, value in stats.items() if value.dtype == jnp.bool_}
-            assert flags <= set(glossary["flags"])
-            assert set(stats) - flags - {"psi", "subspace_overlap"} <= set(glossary["stats"])
+        inputs = InputStatistics(covariance=jnp.ones((2, 6, 6)), held_back=jnp.ones((2, 3, 6)))
+        beside = {"base": jnp.ones((8, 6)), "inputs": inputs, "key": jax.random.key(0)}
+        needs = {"inputs" if need == "covariances" else need for need in method.needs}
+        given = {name: value for name, value in beside.items() if name in needs}
+        stats = jax.eval_shape(lambda s, method=method, given=given: method(s, **given), stack).stats
+        flags = {name for name, value in stats.items() if value.dtype == jnp.bool_}
+        assert flags <= set(glossary["flags"])
+        assert set(stats) - flags - {"psi", "subspace_overlap"} <= set(glossary["stats"])
     assert all(math.isfinite(len(note["text"])) and note["action"] for note in glossary["flags"].values())
