@@ -190,7 +190,7 @@ def write_covariances(
         "version": VERSION,
         "model": model,
         "data": json.dumps([asdict(record) for record in data], ensure_ascii=False),
-        "sites": json.dumps([{**asdict(site), "weights": dict(site.weights)} for site in sites], ensure_ascii=False),
+        "sites": json.dumps([vars(site) | {"weights": dict(site.weights)} for site in sites], ensure_ascii=False),
         "not_covered": json.dumps(dict(not_covered or {}), ensure_ascii=False),
     }
     write_safetensors(path, tensors, metadata)

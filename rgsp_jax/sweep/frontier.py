@@ -5,7 +5,7 @@ import math
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,7 @@ def run_frontier(
     for point in points:
         if point.name not in done:
             done[point.name] = score_point(point, recipient, donor, str(spectra), whole, score, out, keep=keep)
-            with (out / RESULTS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(done[point.name])) + "\n")
+            write_results(out, done.values())
         scored.append(done[point.name])
         if on_point:
             on_point(scored[-1], len(points))
@@ -190,8 +189,15 @@ def run_score(score: str, model: Path, point: FrontierPoint) -> FrontierPoint:
 SCORES = ("retention", "acquisition")
 
 
+def write_results(out: Path, points: Iterable[FrontierPoint]) -> None:
+    """Everything scored so far, whole or as it was."""
+    fresh = out / f".{RESULTS}.writing"
+    fresh.write_text("".join(json.dumps(asdict(point)) + "\n" for point in points), encoding="utf-8")
+    fresh.replace(out / RESULTS)
+
+
 def read_results(out: Path) -> dict[str, FrontierPoint]:
-    """Points that an earlier run scored, by name; a torn last line is no result."""
+    """Points that an earlier run scored, by name; a line that is none is left out."""
     found = {}
     if (out / RESULTS).exists():
         for line in (out / RESULTS).read_text(encoding="utf-8").splitlines():
