@@ -80,6 +80,6 @@ def collect_first(model: str, data: str, field: str | None, path: Path, *, resum
     """Collect the recipient's covariances, unless the run that is resumed did."""
     if resume and path.exists():
         return
-    settings = CovarianceSettings(**({"field": field} if field else {}))
+    settings = CovarianceSettings(field=field) if field else CovarianceSettings()
     with example_bar() as progress:
         collect_covariances(model, data, path, settings, progress)
