@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgsp_jax.grafting.convergence import count_leading, leading_subspace, subspace_movement
+from rgsp_jax.grafting.convergence import leading_rows, leading_subspace, subspace_movement
 from rgsp_jax.grafting.covariance import finish_covariance, initial_covariance, update_covariance
 from rgsp_jax.grafting.sketch import finish_sketch, initial_sketch, update_sketch
 
@@ -34,6 +34,7 @@ _finish_covariance = jax.jit(finish_covariance)
 _update_sketch = jax.jit(update_sketch)
 _finish_sketch = jax.jit(finish_sketch)
 _leading_subspace = jax.jit(leading_subspace)
+_leading_rows = jax.jit(leading_rows)
 _subspace_movement = jax.jit(subspace_movement)
 _initial_sketch = jax.jit(initial_sketch, static_argnums=(0, 1))
 
@@ -101,8 +102,7 @@ class RowAccumulator:
         if self.kind == "full":
             leading = _leading_subspace(_finish_covariance(self._state).second)
         else:
-            factor = _finish_sketch(self._state).factor
-            leading = _leading_rows(factor)
+            leading = _leading_rows(_finish_sketch(self._state).factor)
         before, self._leading = self._leading, leading
         return None if before is None else float(_subspace_movement(before, leading))
 
@@ -115,14 +115,6 @@ class RowAccumulator:
             return {"covariance": np.asarray(result.second), "mean": np.asarray(result.mean)}
         sketch = _finish_sketch(state)
         return {"sketch": np.asarray(sketch.factor), "trace": np.asarray(sketch.trace), "mean": np.asarray(sketch.mean)}
-
-
-@jax.jit
-def _leading_rows(factor: jax.Array) -> jax.Array:
-    """Leading directions of a sketch, whose rows are orthogonal and descending."""
-    rows = factor[: count_leading(factor.shape[1])]
-    lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    return (rows / jnp.where(lengths > 0, lengths, 1)).T
 
 
 class HeldBackRows:

@@ -35,6 +35,13 @@ def leading_subspace(second: Float[Array, "n n"], size: int | None = None) -> Fl
     return matmul(basis, vectors[:, ::-1][:, :k])
 
 
+def leading_rows(factor: Float[Array, "l n"]) -> Float[Array, "n k"]:
+    """The same of a sketch, whose rows are orthogonal and of descending norm; zero columns where it has too few."""
+    rows = factor[: count_leading(factor.shape[1])]
+    lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows / jnp.where(lengths > 0, lengths, 1)).T
+
+
 def orthonormalise(x: Float[Array, "n q"]) -> Float[Array, "n q"]:
     """Orthonormal columns of nearly the same span, from Gram matrices: XLA's QR takes a hundred times as long on CPUs.
 

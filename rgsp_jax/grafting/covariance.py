@@ -44,9 +44,9 @@ def initial_covariance(n: int, dtype: jnp.dtype = jnp.float32) -> CovarianceStat
       dtype: float32 or float64, in which the sums are kept.
     """
     # Buffers of their own, so that a state can be donated to the update.
-    matrices = (jnp.zeros((n, n), dtype) for _ in range(2))
-    vectors = (jnp.zeros(n, dtype) for _ in range(2))
-    return CovarianceState(*matrices, *vectors, jnp.zeros((), jnp.int32))
+    second, second_error = jnp.zeros((n, n), dtype), jnp.zeros((n, n), dtype)
+    total, total_error = jnp.zeros(n, dtype), jnp.zeros(n, dtype)
+    return CovarianceState(second, second_error, total, total_error, jnp.zeros((), jnp.int32))
 
 
 def update_covariance(
