@@ -10,6 +10,8 @@ from rgsp_jax.merging.isotropic import iso_c, iso_cts
 from rgsp_jax.merging.karcher import karcher
 from rgsp_jax.merging.knots import knots
 from rgsp_jax.merging.model_stock import model_stock
+from rgsp_jax.merging.otfusion import transport_neurons
+from rgsp_jax.merging.permutation import match_weights, permute
 from rgsp_jax.merging.regmean import regmean, regmean_layer
 from rgsp_jax.merging.slerp import slerp
 from rgsp_jax.merging.task_arithmetic import task_arithmetic
@@ -29,12 +31,15 @@ __all__ = [
     "iso_cts",
     "karcher",
     "knots",
+    "match_weights",
     "model_stock",
+    "permute",
     "regmean",
     "regmean_layer",
     "slerp",
     "task_arithmetic",
     "ties",
+    "transport_neurons",
     "tsv_m",
     "wudi",
 ]
