@@ -115,18 +115,27 @@ def view_parameters(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], di
 
 def load_tokenizer(directory: Path) -> Any:
     """The model's tokenizer, padding on the right; RefusedError where there is none."""
+    fault = "it knows no words"
     try:
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **LOCAL)
     except Exception as error:
+        tokenizer, fault = None, describe_failure(error)
+    if tokenizer is None or is_empty(tokenizer, directory):
         raise RefusedError(
             f"{directory} has no tokenizer that transformers can load, and the data are texts: copy the tokenizer's "
-            f"files there ({describe_failure(error)})"
-        ) from None
+            f"files there ({fault})"
+        )
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def is_empty(tokenizer: Any, directory: Path) -> bool:
+    """True where transformers made a tokenizer of nothing, as it does without a word where the files are missing."""
+    needed = set(getattr(tokenizer, "vocab_files_names", {}).values())
+    return bool(needed) and not any((directory / name).exists() for name in needed | {"tokenizer.json"})
 
 
 def load_image_processor(directory: Path) -> Any:

@@ -1,0 +1,70 @@
+"""The Flax families see what torch sees."""
+
+import numpy as np
+import pytest
+
+from activations import tiny_models as tiny
+from rgsp_jax.activations import CovarianceSettings, collect_covariances
+from rgsp_jax.checkpoint import open_covariances
+from rgsp_jax.errors import RefusedError
+
+
+def collect_both(model, data, tmp_path):
+    files = []
+    for backend in ("torch", "flax"):
+        out = tmp_path / f"{backend}.safetensors"
+        settings = CovarianceSettings(backend=backend, held_back=3, batch_size=4)
+        result = collect_covariances(model, data, out, settings)
+        assert result.backend == backend and result.not_covered == {}
+        files.append(open_covariances(out))
+    return files
+
+
+def check_agreement(left, right):
+    assert set(left.site_of) == set(right.site_of)
+    for name, site in left.site_of.items():
+        other = right.site_of[name]
+        assert (site.name, site.kind, site.width, site.rows) == (other.name, other.kind, other.width, other.rows)
+        assert dict(site.weights) == dict(other.weights)
+        for part in ("counts", "held_back_counts") if site.kind == "counts" else ("covariance", "mean"):
+            x, y = left.read(site.name, part), right.read(other.name, part)
+            assert np.abs(x - y).max() <= 3e-6 * np.abs(x).max(), (name, part)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_bert(tmp_path, classes):
+    model = tiny.save_model(tmp_path / "model", tiny.make_bert(classes), tiny.make_tokenizer())
+    left, right = collect_both(model, tiny.write_texts(tmp_path / "data.jsonl", tiny.draw_texts(15)), tmp_path)
+    with left, right:
+        check_agreement(left, right)
+        assert left.site_of["bert.pooler.dense.weight" if classes else "pooler.dense.weight"].rows == 12
+
+
+def test_vit(tmp_path):
+    model = tiny.save_model(tmp_path / "model", tiny.make_vit(3))
+    pixels = np.random.default_rng(0).standard_normal((11, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", pixel_values=pixels)
+    left, right = collect_both(model, tmp_path / "images.npz", tmp_path)
+    with left, right:
+        check_agreement(left, right)
+        assert left.site_of["vit.embeddings.patch_embeddings.projection.weight"].rows == 4 * 8
+
+
+def test_what_the_flax_families_cannot_do_is_refused(tmp_path):
+    settings = CovarianceSettings(backend="flax")
+    data = tiny.write_texts(tmp_path / "data.jsonl", tiny.draw_texts(3))
+    out = tmp_path / "c.safetensors"
+    gpt2 = tiny.save_model(tmp_path / "gpt2", tiny.make_gpt2(), tiny.make_tokenizer())
+    with pytest.raises(RefusedError, match="the Flax families here are bert, vit"):
+        collect_covariances(gpt2, data, out, settings)
+    vit = tiny.save_model(tmp_path / "vit", tiny.make_vit())
+    with pytest.raises(RefusedError, match="takes images alone"):
+        collect_covariances(vit, data, out, settings)
+    np.savez(tmp_path / "bytes.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
+    with pytest.raises(RefusedError, match="pixel_values as floats"):
+        collect_covariances(vit, tmp_path / "bytes.npz", out, settings)
+    bert = tiny.save_model(tmp_path / "bert", tiny.make_bert())
+    with pytest.raises(RefusedError, match=r"no tokenizer\.json"):
+        collect_covariances(bert, data, out, settings)
+    with pytest.raises(RefusedError, match="compute in float32"):
+        collect_covariances(bert, data, out, CovarianceSettings(backend="flax", dtype="bfloat16"))
