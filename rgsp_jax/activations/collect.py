@@ -198,7 +198,9 @@ def plan_memory(runner: Runner, sites: Sequence[InputSite], settings: Covariance
 
     def cost(limit: int) -> int:
         sketched = sum(sketch_bytes(w, min(settings.sketch_size, max(1, w // 2))) for w in widths if w >= limit)
-        return tables + held + sketched + sum(full_bytes(w) for w in widths if w < limit)
+        full = [w for w in widths if w < limit]
+        finishing = 12 * max(full, default=0) ** 2  # copies of one second moment while it is finished
+        return tables + held + sketched + finishing + sum(map(full_bytes, full))
 
     limits = [*sorted(set(widths), reverse=True), 0] if widths else []
     for limit in [max(widths, default=0) + 1, *limits]:

@@ -176,7 +176,7 @@ def test_sketched_sites_come_near_the_whole(tmp_path, model, data):
 
 def test_memory_is_shared_by_whole_widths():
     sites = [collect.InputSite(str(i), (str(i),), "rows", width) for i, width in enumerate((64, 64, 4096))]
-    full = sum(full_bytes(site.width) for site in sites) + 4 * 256 * (64 + 64 + 4096)
+    full = sum(full_bytes(site.width) for site in sites) + 4 * 256 * (64 + 64 + 4096) + 12 * 4096**2
     for memory, limit in ((full, 4097), (full - 1, 4096)):
         assert collect.plan_memory(None, sites, CovarianceSettings(memory=memory)) == limit
     assert sketch_bytes(4096, 512) < full_bytes(4096)
