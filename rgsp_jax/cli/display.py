@@ -1,6 +1,6 @@
 """Progress and tables on a terminal."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
@@ -61,19 +60,6 @@ def progress_bars() -> Iterator[OnProgress | None]:
             bars.update(tasks[stage], advance=done, tensors=len(seen[stage]), name=last)
 
         yield advance
-
-
-@contextmanager
-def example_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar over examples on stderr; None where nobody watches."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (SpinnerColumn(), TextColumn("inputs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        task = bars.add_task("inputs", total=None)
-        yield lambda done, total: bars.update(task, advance=done, total=total)
 
 
 def show_plan(description: Mapping[str, Any]) -> None:

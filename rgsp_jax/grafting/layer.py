@@ -19,18 +19,12 @@ from rgsp_jax.linalg.dense import matmul
 from rgsp_jax.method import Hyperparameter
 from rgsp_jax.types import InputStatistics, MergeOutput
 
-DEFAULT_RIDGE = 3.0
 TRUSTED = 2.0
 """Held-back inputs may feel this many times what the calibration inputs feel before the record is flagged."""
 
 Ridge = Annotated[
-    float | None,
-    Hyperparameter(
-        f"soft: protects less as it grows, in units of the mean eigenvalue; {DEFAULT_RIDGE:g} if nothing is given",
-        low=0,
-        exclusive_low=True,
-        optional=True,
-    ),
+    float,
+    Hyperparameter("soft: protects less as it grows, in units of the mean eigenvalue", low=0, exclusive_low=True),
 ]
 Energy = Annotated[
     float | None,
@@ -69,7 +63,7 @@ def measure_disturbance(change: Float[Array, "m n"], inputs: InputStatistics) ->
 def graft_layer(
     stack: Float[Array, "2 m n"],
     inputs: InputStatistics,
-    ridge: Ridge = None,
+    ridge: Ridge = 3.0,
     energy: Energy = None,
     threshold: Threshold = None,
 ) -> MergeOutput:
@@ -79,7 +73,8 @@ def graft_layer(
       stack: A and B [2, m, n].
       inputs: of this matrix in A (the first of c), on the data that A must not get worse on; a second whole covariance
         is the metric of the donor's side, for a ridge.
-      ridge, energy, threshold: at most one; none is the ridge's default.
+      ridge: holds unless energy or threshold is given.
+      energy, threshold: one of them at most.
 
     Returns:
       The graft; stats: `output_change` on held-back inputs and `output_change_seen` on those of the covariance,
@@ -88,13 +83,13 @@ def graft_layer(
       flag `calibration_too_small`, from the held-back inputs or else, for a hard projector, from the ranks.
 
     Raises:
-      ValueError: several of ridge, energy and threshold.
+      ValueError: both energy and threshold.
     """
     a, b = stack[0], stack[1]
-    rules = {"ridge": ridge, "energy": energy, "threshold": threshold}
-    given = {name: value for name, value in rules.items() if value is not None} or {"ridge": DEFAULT_RIDGE}
-    if len(given) > 1:
-        raise ValueError(f"give one of ridge, energy and threshold, got {', '.join(given)}")
+    if energy is not None and threshold is not None:
+        raise ValueError("give energy or threshold, not both")
+    hard = {name: x for name, x in {"energy": energy, "threshold": threshold}.items() if x is not None}
+    given = hard or {"ridge": ridge}
     change = b - a
     stats: dict[str, Array] = {}
     small = jnp.asarray(False)

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rgsp_jax.checkpoint import Checkpoint, ShardPlan, hash_file
+from rgsp_jax.checkpoint import Checkpoint, CovarianceFile, ShardPlan, hash_file
 from rgsp_jax.pipeline.config import DTYPES
 from rgsp_jax.pipeline.model_card import model_card
 from rgsp_jax.pipeline.plan import MergePlan
@@ -47,7 +47,7 @@ def summarise(
     parents = [describe_parent(*facts) for facts in models]
     return RunSummary(
         method=method.name,
-        hyperparameters={**method.defaults, **config.hyperparameters},
+        hyperparameters=method.override(method.defaults, config.hyperparameters),
         output_name=name,
         parents=parents[: len(config.models)],
         base=parents[-1] if preparation.with_base else None,
@@ -61,6 +61,7 @@ def summarise(
         architecture=next(iter((first.config or {}).get("architectures") or []), None),
         has_tokenizer=any(path.name in TOKENIZER_FILES for path in first.companions),
         flag_counts=count_flags(records),
+        calibration=[describe_calibration(file) for file in preparation.covariances],
         warnings=find_warnings(preparation),
     )
 
@@ -114,6 +115,16 @@ def describe_parent(label: str, checkpoint: Checkpoint, hashes: Sequence[str]) -
         parameters=sum(spec.size for name, spec in checkpoint.specs.items() if name not in checkpoint.aliases),
         dtype=max(floats, key=lambda spec: spec.size).dtype.name if floats else None,
     )
+
+
+def describe_calibration(file: CovarianceFile) -> str:
+    """Where a covariance file's inputs came from, and which file it is."""
+    sources = "; ".join(
+        f"{record.examples} inputs of {record.name}"
+        + (f", {record.held_back} more held back" if record.held_back else "")
+        for record in file.data
+    )
+    return f"{file.path.name}: covariances of {file.model} on {sources}; sha256 {hash_file(file.path)}"
 
 
 def find_warnings(preparation: Preparation) -> list[str]:

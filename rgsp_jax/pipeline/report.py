@@ -69,6 +69,8 @@ class RunSummary:
     has_tokenizer: bool = False
     flag_counts: Mapping[str, int] = field(default_factory=dict)
     """Number of tensors per flag, from `count_flags`."""
+    calibration: Sequence[str] = ()
+    """A sentence on every covariance file."""
     warnings: Sequence[str] = ()
     """Sentences on the run as a whole, such as tokenizers that differ."""
 

@@ -196,8 +196,8 @@ def test_settings_that_cannot_be():
         null_space_projector(c)
     with pytest.raises(ValueError, match="got energy, ridge"):
         null_space_projector(c, energy=0.9, ridge=1.0)
-    with pytest.raises(ValueError, match="ridge, energy"):
-        graft_layer(jnp.stack([a, b]), InputStatistics(covariance=c[None]), ridge=1.0, energy=0.5)
+    with pytest.raises(ValueError, match="not both"):
+        graft_layer(jnp.stack([a, b]), InputStatistics(covariance=c[None]), threshold=1.0, energy=0.5)
     with pytest.raises(ValueError, match="needs the covariance"):
         graft_layer(jnp.stack([a, b]), InputStatistics(), energy=0.5)
     with pytest.raises(ValueError, match="square"):
