@@ -45,6 +45,8 @@ class WeightMap(NamedTuple):
 MAX_PIECES = 3
 """Projections that a library may fuse into one parameter: query, key and value."""
 
+STACKED = "its stacked matrices see different inputs"
+
 
 def match_weights(checkpoint: Checkpoint, parameters: Mapping[str, np.ndarray], dtype: np.dtype) -> WeightMap:
     """Find every floating tensor of rank 2 and more in the parameters.
@@ -120,7 +122,7 @@ def find_mismatch(checkpoint: Checkpoint, name: str, width: int) -> str | None:
     assert rule.view is not None
     batch, _, inputs = rule.view.matrices
     if batch > 1:
-        return "its stacked matrices see different inputs"
+        return STACKED
     if inputs != width:
         return f"its inputs are {width} wide, its rule says {inputs}"
     return None
@@ -132,8 +134,13 @@ def explain_missing(checkpoint: Checkpoint, weights: WeightMap, covered: Iterabl
     model_type = (checkpoint.config or {}).get("model_type")
     reasons = {}
     for spec in weights_of(checkpoint):
-        if spec.name in taken or classify(spec.name, spec.shape, spec.dtype, "pytorch", model_type).kind != "matrix":
+        rule = classify(spec.name, spec.shape, spec.dtype, "pytorch", model_type)
+        if spec.name in taken or rule.kind != "matrix" or rule.view is None:
             continue
-        known = spec.name in weights.places
-        reasons[spec.name] = "this data never reached it" if known else "the model that was run does not have it"
+        if rule.view.matrices[0] > 1:
+            reasons[spec.name] = STACKED
+        elif spec.name in weights.places:
+            reasons[spec.name] = "these data never reached it, or it is no linear layer, convolution or table"
+        else:
+            reasons[spec.name] = "the model that was run does not have it"
     return reasons

@@ -15,6 +15,7 @@ from rgsp_jax.activations.torch_model import load_config, load_model, view_param
 from rgsp_jax.checkpoint import Checkpoint
 from rgsp_jax.checkpoint.specs import DTYPES
 from rgsp_jax.errors import RefusedError
+from rgsp_jax.rules import EXPERT_NAMES
 
 Layout = Literal["batch_time", "time_batch", "shared", "flat", "free", "irregular"]
 """Where an input's leading axes show its tokens: [batch, time], [time, batch], one row per position for all texts,
@@ -73,7 +74,8 @@ class TorchRunner:
             lead[name] = runs[0][0][0]
             if mask is not None:
                 inputs_seen = [[c.input for c, _ in run] for run in runs]
-                self._layouts[name] = find_layout(inputs_seen, lead[name].kind, mask.shape)
+                routed = EXPERT_NAMES.search(name) is not None  # whatever its shape looks like by chance
+                self._layouts[name] = "irregular" if routed else find_layout(inputs_seen, lead[name].kind, mask.shape)
             key = tuple(tuple((seen, name if c.kind == "patches" else "") for c, seen in run) for run in runs)
             groups.setdefault(key, []).append(name)
         self.exact_lengths = "irregular" in self._layouts.values()
@@ -181,13 +183,15 @@ class TorchRunner:
         """The inputs of one call that count: rows [r, width] in float32, copied, or row numbers."""
         if call.kind == "patches":
             return (rows.float() for rows in iterate_patches(call))
-        x = call.input
+        x = kept = call.input
         layout = self._layouts.get(site.weights[0], "irregular")
-        if layout == "irregular" and mask is not None and not bool(mask.all()):
-            if not self.exact_lengths:  # a layer that the first batch did not reach
-                layout = guess_layout(x, site.kind, mask)
-            assert layout != "irregular", f"{site.name}: padding that cannot be told from inputs"
-        kept = x
+        if mask is not None and not has_layout(x, layout, site.kind, mask):
+            if not bool(mask.all()):
+                raise RefusedError(
+                    f"{self._checkpoint.path}: in the inputs of {site.name} padding cannot be told from tokens; run it "
+                    "with --batch-size 1"
+                )
+            layout = "irregular"
         if mask is not None and layout == "shared":
             kept = x.reshape(1, -1).expand(mask.shape)[mask] if site.kind == "ids" else x.squeeze(0)[mask.any(0)]
         elif mask is not None and layout == "flat":
@@ -209,12 +213,18 @@ def identify(call: Call) -> tuple[Any, ...]:
     return (call.kind, call.width, x.data_ptr(), x.numel(), x.dtype, x._version)
 
 
-def guess_layout(x: torch.Tensor, kind: str, mask: torch.Tensor) -> Layout:
-    """The layout that an input's shape suggests."""
+def has_layout(x: torch.Tensor, layout: Layout, kind: str, mask: torch.Tensor) -> bool:
+    """True where an input's shape fits its layout in a batch with this mask."""
     shape, (batch, time) = tuple(x.shape if kind == "ids" else x.shape[:-1]), mask.shape
-    if shape[:2] == (batch, time):
-        return "batch_time"
-    return "flat" if shape[:1] == (batch * time,) else "free"
+    fits = {
+        "batch_time": shape[:2] == (batch, time),
+        "time_batch": shape[:2] == (time, batch),
+        "shared": shape in ((1, time), (time,)),
+        "flat": shape[:1] == (batch * time,),
+        "free": True,
+        "irregular": False,
+    }
+    return fits[layout]
 
 
 def find_layout(runs: Sequence[Sequence[torch.Tensor]], kind: str, mask_shape: Sequence[int]) -> Layout:

@@ -68,5 +68,5 @@ def test_texts_alone_leave_the_vision_tower_out(tmp_path):
     directory = tiny.save_qwen2_vl(tmp_path / "model")
     texts = tiny.write_texts(tmp_path / "texts.jsonl", tiny.draw_texts(5))
     result = collect_covariances(directory, texts, tmp_path / "c.safetensors", CovarianceSettings(held_back=0))
-    assert set(result.not_covered.values()) == {"this data never reached it"}
+    assert all("never reached it" in reason for reason in result.not_covered.values())
     assert all(name.startswith("visual.") for name in result.not_covered) and len(result.not_covered) == 7

@@ -91,5 +91,5 @@ def test_what_is_not_covered_is_shown(tmp_path, rgsp):
     data = tiny.write_texts(tmp_path / "data.jsonl", tiny.draw_texts(4))
     outcome = rgsp("covariances", model, "-d", data, "-o", tmp_path / "[red]c.safetensors")
     assert outcome.code == 0 and f"file {tmp_path}/[red]c.safetensors" in outcome.out
-    assert "not covered: visual." in outcome.out and "and 2 more: this data never reached it" in outcome.out
+    assert "not covered: visual." in outcome.out and "and 2 more: these data never reached it" in outcome.out
     assert "warning: " in outcome.out and "fewer inputs than they have entries" in outcome.out
