@@ -7,6 +7,7 @@ import pytest
 
 from merging import oracles
 from merging.problems import SHAPES, assert_close, experts, merge
+from rgsp_jax import methods
 from rgsp_jax.merging.sparsity import drop_at_random, keep_largest, rank_in_rows
 from rgsp_jax.merging.ties import trim
 
@@ -213,6 +214,14 @@ def test_no_task_vectors_give_the_base(name):
     _, base = experts(15)
     merged, _ = merge(name, np.stack([base] * 3), base=base)
     assert_close(merged, base, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["wudi", "iso_c", "model_stock", "ties", "karcher"])
+def test_derivatives_are_finite_where_the_models_do_not_differ(name):
+    _, base = experts(15)
+    needed = {"base": jnp.asarray(base)} if "base" in methods[name].needs else {}
+    gradient = jax.jit(jax.grad(lambda s: jnp.sum(methods[name](s, **needed).merged ** 2)))
+    assert np.isfinite(gradient(jnp.stack([jnp.asarray(base)] * 3))).all()
 
 
 def test_karcher_of_equal_directions_is_their_mean_and_of_two_models_is_slerp():
