@@ -1,5 +1,7 @@
 """The Flax families see what torch sees."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,11 +11,11 @@ from rgsp_jax.checkpoint import open_covariances
 from rgsp_jax.errors import RefusedError
 
 
-def collect_both(model, data, tmp_path):
+def collect_both(model, data, tmp_path, **options):
     files = []
     for backend in ("torch", "flax"):
         out = tmp_path / f"{backend}.safetensors"
-        settings = CovarianceSettings(backend=backend, held_back=3, batch_size=4)
+        settings = CovarianceSettings(backend=backend, held_back=3, batch_size=4, **options)
         result = collect_covariances(model, data, out, settings)
         assert result.backend == backend and result.not_covered == {}
         files.append(open_covariances(out))
@@ -38,6 +40,21 @@ def test_bert(tmp_path, classes):
     with left, right:
         check_agreement(left, right)
         assert left.site_of["bert.pooler.dense.weight" if classes else "pooler.dense.weight"].rows == 12
+
+
+def test_pairs_of_texts(tmp_path):
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer = tiny.make_tokenizer(model_input_names=names)
+    model = tiny.save_model(tmp_path / "model", tiny.make_bert(), tokenizer)
+    firsts, seconds = tiny.draw_texts(10), tiny.draw_texts(10, seed=1)
+    lines = [json.dumps({"text": a, "answer": b}) + "\n" for a, b in zip(firsts, seconds, strict=True)]
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    left, right = collect_both(model, tmp_path / "data.jsonl", tmp_path, pair_field="answer")
+    with left, right:
+        check_agreement(left, right)
+        counts = sum(left.read("embeddings.word_embeddings", part) for part in ("counts", "held_back_counts"))
+        words = [word for text in (*firsts, *seconds) for word in text.split()]
+        assert np.array_equal(counts, np.bincount([tiny.VOCABULARY[w] for w in words], minlength=len(counts)))
 
 
 def test_vit(tmp_path):

@@ -64,6 +64,28 @@ def test_text_and_images_reach_both_towers(tmp_path, data, template):
             check_second_moment(covariances, f"{on_disk}.weight", oracle[in_memory], 1e-5)
 
 
+def test_image_files_go_through_the_models_own_processor(tmp_path):
+    directory = tiny.save_model(tmp_path / "model", tiny.make_vit(channels=3))
+    half = [0.5, 0.5, 0.5]
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "resample": 2}
+    settings |= {"image_mean": half, "image_std": half, "rescale_factor": 1 / 255}
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "pictures").mkdir()
+    rows = []
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 255, (12, 10, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        image.save(tmp_path / f"pictures/{number}.png")
+        values = np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR)) / 255 * 2 - 1
+        rows.append(values.reshape(2, 4, 2, 4, 3).transpose(0, 2, 4, 1, 3).reshape(4, 48))
+    result = collect_covariances(
+        directory, tmp_path / "pictures", tmp_path / "c.safetensors", CovarianceSettings(held_back=0, batch_size=4)
+    )
+    with open_covariances(tmp_path / "c.safetensors") as covariances:
+        check_second_moment(covariances, "embeddings.patch_embeddings.projection.weight", np.concatenate(rows))
+    assert result.not_covered == {} and result.examples == 6
+
+
 def test_texts_alone_leave_the_vision_tower_out(tmp_path):
     directory = tiny.save_qwen2_vl(tmp_path / "model")
     texts = tiny.write_texts(tmp_path / "texts.jsonl", tiny.draw_texts(5))

@@ -76,8 +76,10 @@ def make_t5():
     return transformers.T5ForConditionalGeneration(config)
 
 
-def make_vit(classes=None):
-    config = transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=classes or 2, **LAYERS)
+def make_vit(classes=None, channels=1):
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, num_channels=channels, num_labels=classes or 2, **LAYERS
+    )
     if classes is None:
         return transformers.ViTModel(config, add_pooling_layer=False)
     return transformers.ViTForImageClassification(config)
