@@ -107,9 +107,8 @@ class Bench:
         """Return pseudo-inputs of the donor (`draw_pseudo_inputs`)."""
         ours, theirs = read_weights(self.model(recipient)), read_weights(self.model(donor))
         moves = [sequential.find_moved(*(np.float32(w[name]) for w in (ours, theirs))) for name in (WORDS, POSITIONS)]
-        example = self.ids(recipient, seed)[0]
-        frame = (example[0], example[-1])
-        return sequential.draw_pseudo_inputs(*moves, frame, self.inputs, MAXIMUM_LENGTH, seed)
+        own = self.ids(recipient, seed)
+        return sequential.draw_pseudo_inputs(*moves, own, self.inputs, MAXIMUM_LENGTH, seed)
 
     def covariances(self, model: str, texts: Sequence[str], name: str) -> str:
         """Return the file of covariances of a model's inputs on these texts, made the first time."""
@@ -196,7 +195,9 @@ def run_sequential(
 ) -> None:
     """Graft one directory onto another and write the result in the recipient's dtype."""
     ours, theirs = load(recipient), load(donor)
-    merged = sequential.graft_sequentially(ours, theirs, sequential.pad(own), sequential.pad(others), own_share=knob)
+    merged = sequential.graft_sequentially(
+        ours, theirs, sequential.batch(own), sequential.batch(others), own_share=knob
+    )
     half = any(array.dtype == np.float16 for array in read_weights(recipient).values())
     (merged.half() if half else merged).save_pretrained(out)
     shutil.copy(recipient / "tokenizer.json", out)

@@ -11,13 +11,16 @@ where k is the input in the merged model, whose earlier layers are refitted alre
 on the same rows, and c = E_own |k|^2, c' = E_others |k|^2. Norms and embeddings are those of W_t. `own_share` is the
 knob: 0 asks for the recipient's answers on the recipient's inputs, large values for the donor's on all. Where the
 donor's inputs are the recipient's, this is close to interpolation.
-One forward pass over all rows does it: a hook before each layer solves for its weight, and the pass goes on with it.
+One forward pass over all rows does it: the batches meet before each layer, its weight is solved for, and they go on
+with it.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +31,7 @@ from jaxtyping import Array, Float, Int
 MOVED = 0.2
 """A table's row has moved where the two models differ by this share of what the most moved rows differ by."""
 SHORTEST = 8
+BUCKET = 8
 COMMON = 5
 """Offset in the Zipf law of pseudo-inputs: the first token of the vocabulary is not drawn all the time."""
 
@@ -39,9 +43,15 @@ class Rows(NamedTuple):
     mask: Int[np.ndarray, "rows time"]
 
 
-def pad(sequences: Sequence[Sequence[int]]) -> Rows:
+def batch(sequences: Sequence[Sequence[int]]) -> list[Rows]:
+    """Return sequences in batches of similar length, each padded to a multiple of BUCKET."""
+    lengths = np.array([-(-len(sequence) // BUCKET) * BUCKET for sequence in sequences])
+    return [pad([sequences[i] for i in np.flatnonzero(lengths == n)], int(n)) for n in np.unique(lengths)]
+
+
+def pad(sequences: Sequence[Sequence[int]], length: int) -> Rows:
     """Return sequences as one array, padded with 0 under a mask of 0."""
-    ids = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+    ids = np.zeros((len(sequences), length), np.int64)
     mask = np.zeros_like(ids)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
@@ -59,25 +69,32 @@ def find_moved(
     return np.where(distance > MOVED * np.quantile(distance, 0.99), distance, 0)
 
 
+def find_frame(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Return the token that every sequence begins with and the one that every one ends with, where there are such."""
+    first, last = {sequence[0] for sequence in sequences}, {sequence[-1] for sequence in sequences}
+    return list(first) if len(first) == 1 else [], list(last) if len(last) == 1 else []
+
+
 def draw_pseudo_inputs(
     token_moves: Float[np.ndarray, "vocabulary"],
     position_moves: Float[np.ndarray, "positions"],
-    frame: tuple[int, int],
+    own: Sequence[Sequence[int]],
     count: int,
     longest: int,
     seed: int,
 ) -> list[list[int]]:
-    """Return `count` random sequences of the tokens that moved, between the first and the last token of every input.
+    """Return `count` random sequences of the tokens that moved, framed as the recipient's `own` inputs are.
 
     Tokens are drawn independently: in proportion to how far they moved, over their place in the vocabulary (which is in
-    order of frequency, roughly; the special tokens before it are left out). Lengths are uniform up to the last position
-    that moved, or `longest`.
+    order of frequency, roughly; up to the framing tokens it is special tokens, left out). Lengths are uniform up to the
+    last position that moved, or `longest`.
 
     Raises:
         ValueError: too few tokens moved: the models share their embeddings.
     """
+    before, after = find_frame(own)
     weights = token_moves.astype(np.float64)
-    weights[: max(frame) + 1] = 0
+    weights[: max([-1, *before, *after]) + 1] = 0
     if np.count_nonzero(weights) < SHORTEST:
         raise ValueError("the two models share their embeddings: what the donor was trained on is not to be seen there")
     weights /= np.maximum(np.arange(len(weights)) - np.flatnonzero(weights)[0], 0) + COMMON
@@ -85,8 +102,8 @@ def draw_pseudo_inputs(
     moved = np.flatnonzero(position_moves)
     limit = max(SHORTEST, min(longest, int(moved[-1]) + 1 if len(moved) else longest))
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(min(SHORTEST, limit), limit + 1, size=count)
-    return [[frame[0], *rng.choice(len(weights), size=n - 2, p=weights).tolist(), frame[1]] for n in lengths]
+    inside = rng.integers(SHORTEST, limit + 1, size=count) - len(before) - len(after)
+    return [[*before, *rng.choice(len(weights), size=n, p=weights).tolist(), *after] for n in inside]
 
 
 @contextmanager
@@ -115,13 +132,48 @@ def run(model: torch.nn.Module, rows: Rows) -> None:
         model(torch.from_numpy(rows.ids), torch.from_numpy(rows.mask))
 
 
-def keep_inputs(model: torch.nn.Module, rows: Rows) -> dict[str, Float[np.ndarray, "tokens n"]]:
-    """Return every linear layer's inputs at the tokens that the mask keeps."""
-    kept: dict[str, np.ndarray] = {}
-    mask = rows.mask.astype(bool)
-    with hooked(model, lambda name, _, x: kept.__setitem__(name, x.numpy()[mask])):
-        run(model, rows)
-    return kept
+def keep_inputs(model: torch.nn.Module, batches: Sequence[Rows]) -> dict[str, Float[np.ndarray, "tokens n"]]:
+    """Return every linear layer's inputs at the tokens that the masks keep, batch by batch."""
+    kept: dict[str, list[np.ndarray]] = {}
+    for rows in batches:
+        mask = rows.mask.astype(bool)
+        with hooked(model, lambda name, _, x, mask=mask: kept.setdefault(name, []).append(x.numpy()[mask])):
+            run(model, rows)
+    return {name: np.concatenate(pieces) for name, pieces in kept.items()}
+
+
+def run_in_step(
+    model: torch.nn.Module,
+    batches: Sequence[Rows],
+    refit: Callable[[str, torch.nn.Linear, list[Float[np.ndarray, "tokens n"]]], None],
+) -> None:
+    """Run a model on several batches, a thread each, that meet before every linear layer.
+
+    There, `refit(name, layer, inputs)` sees the inputs of all batches and may change the layer, before any goes on.
+    """
+    here = threading.local()
+    inputs: list[Any] = [None] * len(batches)
+    layers: dict[str, Any] = {}
+    barrier = threading.Barrier(len(batches), action=lambda: refit(layers["name"], layers["layer"], list(inputs)))
+
+    def meet(name: str, layer: torch.nn.Linear, x: torch.Tensor) -> None:
+        inputs[here.index] = x.numpy()[batches[here.index].mask.astype(bool)]
+        layers.update(name=name, layer=layer)
+        barrier.wait()
+
+    def work(index: int) -> None:
+        here.index = index
+        try:
+            run(model, batches[index])
+        except BaseException:
+            barrier.abort()  # the others must not wait for this one
+            raise
+
+    with hooked(model, meet), ThreadPoolExecutor(len(batches)) as pool:
+        futures = [pool.submit(work, index) for index in range(len(batches))]
+    failures = [error for future in futures if (error := future.exception()) is not None]
+    for error in sorted(failures, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
 
 
 @jax.jit
@@ -144,10 +196,11 @@ def fit_layer(
         start: [W b], where `pull` pulls to.
         inputs, targets: k_i [tokens, n] and y_i [tokens, m] of every term.
         weights: w_i, of any scale.
-        pull: above 0.
+        pull: 0 or more; no less than rounding is used.
     """
     n = start.shape[1]
-    system = pull / n * jnp.eye(n, dtype=start.dtype)
+    least = 10 * n * jnp.finfo(start.dtype).eps * jnp.sum(weights)  # what rounding of the other terms amounts to
+    system = jnp.maximum(pull, least) / n * jnp.eye(n, dtype=start.dtype)
     right = jnp.zeros_like(start)
     for weight, k, y in zip(weights, inputs, targets, strict=True):
         scale = weight / jnp.sum(k * k)
@@ -186,8 +239,8 @@ def interpolate(recipient: torch.nn.Module, donor: torch.nn.Module, t: float) ->
 def graft_sequentially(
     recipient: torch.nn.Module,
     donor: torch.nn.Module,
-    own: Rows,
-    others: Rows,
+    own: Sequence[Rows],
+    others: Sequence[Rows],
     *,
     own_share: float = 0.25,
     others_weight: float = 1.0,
@@ -197,47 +250,28 @@ def graft_sequentially(
 
     Args:
         recipient, donor: models of one architecture, called with token ids and mask.
-        own: the recipient's inputs.
+        own: the recipient's inputs, in batches.
         others: the donor's, or pseudo-inputs.
         own_share: the knob, 0 or more.
         others_weight: of the donor's answers on `others` against the recipient's on `own`.
         pull: to the interpolation, where no input says anything.
     """
     merged = interpolate(recipient, donor, own_share / (1 + own_share))
-    terms = [(recipient, own, 1.0), (donor, others, others_weight), (donor, own, own_share)]
-    terms = [term for term in terms if term[2] > 0]
-    seen = [keep_inputs(model, rows) for model, rows, _ in terms]
-    layers = [dict(model.named_modules()) for model, _, _ in terms]
-    weights = jnp.asarray([weight for _, _, weight in terms], jnp.float32)
-    together = join(own, others)
-    masks: Mapping[int, np.ndarray] = dict(zip((id(own), id(others)), split_mask(own, others), strict=True))
+    mine, theirs = slice(0, len(own)), slice(len(own), None)
+    terms = [(recipient, own, mine, 1.0), (donor, others, theirs, others_weight), (donor, own, mine, own_share)]
+    terms = [term for term in terms if term[3] > 0]
+    seen = [keep_inputs(model, batches) for model, batches, _, _ in terms]
+    layers = [dict(model.named_modules()) for model, _, _, _ in terms]
+    weights = jnp.asarray([weight for _, _, _, weight in terms], jnp.float32)
 
-    def refit(name: str, layer: torch.nn.Linear, x: torch.Tensor) -> None:
-        values = x.numpy()
+    def refit(name: str, layer: torch.nn.Linear, by_batch: list[Float[np.ndarray, "tokens n"]]) -> None:
         extend = jnp.asarray if layer.bias is None else augment
-        inputs = [extend(values[masks[id(rows)]]) for _, rows, _ in terms]
+        inputs = [extend(np.concatenate(by_batch[part])) for _, _, part, _ in terms]
         targets = [
-            jnp.matmul(extend(kept[name]), read_layer(theirs[name]).T, precision="highest")
-            for kept, theirs in zip(seen, layers, strict=True)
+            jnp.matmul(extend(kept[name]), read_layer(model[name]).T, precision="highest")
+            for kept, model in zip(seen, layers, strict=True)
         ]
         write_layer(layer, np.array(fit_layer(read_layer(layer), inputs, targets, weights, jnp.float32(pull))))
 
-    with hooked(merged, refit):
-        run(merged, together)
+    run_in_step(merged, [*own, *others], refit)
     return merged
-
-
-def join(a: Rows, b: Rows) -> Rows:
-    """Return the rows of both in one batch."""
-    width = max(a.ids.shape[1], b.ids.shape[1])
-    widened = [np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (a.ids, b.ids, a.mask, b.mask)]
-    return Rows(np.concatenate(widened[:2]), np.concatenate(widened[2:]))
-
-
-def split_mask(a: Rows, b: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each of two sets of rows, where its tokens are in the batch of both."""
-    mask = join(a, b).mask.astype(bool)
-    first, second = mask.copy(), mask.copy()
-    first[len(a.ids) :] = False
-    second[: len(a.ids)] = False
-    return first, second
