@@ -47,6 +47,11 @@ def progress_bar() -> Iterator[OnProgress | None]:
         yield advance
 
 
+def let_threads_sleep() -> None:
+    """Before torch is loaded, which is when OpenMP reads it: threads that spin while they wait slow the sums."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def read_size(text: str) -> int:
     """Bytes of a size; RefusedError for anything else."""
     try:
@@ -160,8 +165,7 @@ def covariances(
     ]
     if missing or model is None or data is None:
         raise RefusedError(missing)
-    # Threads that spin while they wait take the cores from the sums; OpenMP reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep()
     settings = CovarianceSettings(memory=read_size(memory), part=read_part(part), **options)
     with progress_bar() as progress:
         result = collect_covariances(model, data, out, settings, progress)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from rgsp_jax.activations import CovarianceSettings, collect_covariances
-from rgsp_jax.cli.covariances import progress_bar
+from rgsp_jax.cli.covariances import let_threads_sleep, progress_bar
 from rgsp_jax.cli.merge import parse_override, run_merge
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import parse_config
@@ -80,5 +80,6 @@ def collect_first(model: str, data: str, field: str | None, path: Path, *, resum
     if resume and path.exists():
         return
     settings = CovarianceSettings(field=field) if field else CovarianceSettings()
+    let_threads_sleep()
     with progress_bar() as progress:
         collect_covariances(model, data, path, settings, progress)
