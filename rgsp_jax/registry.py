@@ -16,7 +16,7 @@ from rgsp_jax.merging import (
     karcher,
     knots,
     model_stock,
-    regmean_layer,
+    regmean,
     slerp,
     task_arithmetic,
     ties,
@@ -77,7 +77,7 @@ TABLE = (
     ),
     Method(
         "regmean",
-        regmean_layer,
+        regmean,
         "The linear layer nearest to every model's on that model's own inputs.",
         needs=frozenset({"covariances"}),  # every model comes with its own: their order matters where these stay
         scale_equivariant=True,

@@ -12,7 +12,7 @@ from rgsp_jax.merging.knots import knots
 from rgsp_jax.merging.model_stock import model_stock
 from rgsp_jax.merging.otfusion import transport_neurons
 from rgsp_jax.merging.permutation import match_weights, permute
-from rgsp_jax.merging.regmean import regmean, regmean_layer
+from rgsp_jax.merging.regmean import regmean
 from rgsp_jax.merging.slerp import slerp
 from rgsp_jax.merging.task_arithmetic import task_arithmetic
 from rgsp_jax.merging.ties import ties
@@ -35,7 +35,6 @@ __all__ = [
     "model_stock",
     "permute",
     "regmean",
-    "regmean_layer",
     "slerp",
     "task_arithmetic",
     "ties",

@@ -14,9 +14,7 @@ from rgsp_jax.types import InputStatistics, MergeOutput
 OffDiagonal = Annotated[Any, Hyperparameter("factor on the covariances' off-diagonal entries", low=0, high=1)]
 
 
-def regmean(
-    stack: Float[Array, "k m n"], covariances: Float[Array, "k n n"], off_diagonal: OffDiagonal = 0.9
-) -> MergeOutput:
+def regmean(stack: Float[Array, "k m n"], inputs: InputStatistics, off_diagonal: OffDiagonal = 0.9) -> MergeOutput:
     """`(sum_i W_i C_i) (sum_i C_i)^-1`, the minimiser of `sum_i tr (W - W_i) C_i (W - W_i)^T`.
 
     Jin et al. 2023, arXiv 2212.09849. Solved for the departure from the mean, in units where the summed
@@ -26,12 +24,18 @@ def regmean(
 
     Args:
         stack: K >= 1 models [K, m, n] (outputs x inputs).
-        covariances: [K, n, n] uncentred covariances of the inputs, weighted by rows if the models should be.
+        inputs: every model's whole uncentred covariance [K, n, n], weighted by rows if the models should be.
         off_diagonal: the paper's alpha; 0 weighs every input by its own variance.
 
     Returns:
         stats: `covariance_singular`, a flag, where the system could not be solved.
+
+    Raises:
+        ValueError: sketches or spectra in place of covariances, or other shapes.
     """
+    covariances = inputs.covariance
+    if covariances is None:
+        raise ValueError("RegMean needs whole covariances, of every model")
     if covariances.shape != (stack.shape[0], stack.shape[2], stack.shape[2]):
         raise ValueError(f"covariances are {list(covariances.shape)} for models {list(stack.shape)}")
     n, dtype = stack.shape[2], stack.dtype
@@ -51,16 +55,3 @@ def regmean(
     departure = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(system), True), right.T).T * unit[None, :]
     singular = ~jnp.isfinite(departure).all()
     return MergeOutput(mean + jnp.where(singular, 0, departure), {"covariance_singular": singular})
-
-
-def regmean_layer(
-    stack: Float[Array, "k m n"], inputs: InputStatistics, off_diagonal: OffDiagonal = 0.9
-) -> MergeOutput:
-    """`regmean` of one matrix with every model's whole covariance.
-
-    Raises:
-        ValueError: sketches or spectra in place of covariances.
-    """
-    if inputs.covariance is None:
-        raise ValueError("RegMean needs whole covariances, of every model")
-    return regmean(stack, inputs.covariance, off_diagonal)

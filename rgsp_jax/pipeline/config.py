@@ -113,7 +113,8 @@ class MergeConfig(BaseModel):
         unusable = {
             name: problem
             for name, value in hyperparameters.items()
-            if name in method.hyperparameters and (problem := value_problem(name, value, len(self.models)))
+            if name in method.hyperparameters
+            and (problem := value_problem(name, value, len(self.models), "base" in method.needs))
         }
         problems = list(unusable.values())
         problems += method.problems({name: v for name, v in hyperparameters.items() if name not in unusable})
@@ -147,14 +148,16 @@ ARRAYS = frozenset({"coefficients", "w_q", "w_k"})
 """Hyperparameters that are arrays where the methods are called as functions."""
 
 
-def value_problem(name: str, value: Any, count: int) -> str | None:
+def value_problem(name: str, value: Any, count: int, with_base: bool) -> str | None:
     """Why a file or a command line cannot give a hyperparameter this value: it must be plain data of the right size."""
     if name == "coefficients" and value is not None:
         if not isinstance(value, (list, tuple)) or not all(map(is_number, value)):
             return f"coefficients must be a list of numbers, one for each model, not {value!r}"
         if len(value) != count:
             return f"coefficients: {len(value)} numbers for {count} models"
-        return None if math.fsum(value) else f"coefficients {list(value)} sum to zero: there is no such average"
+        if with_base or math.fsum(value):  # on a base they weigh task vectors, which may cancel
+            return None
+        return f"coefficients {list(value)} sum to zero: there is no such average"
     if name in ARRAYS and value is not None:
         return f"{name} is for callers of the library: leave it out here"
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -336,13 +336,13 @@ def matrix_workspace(group: Group) -> int:
 
 
 def is_factorised(method: str) -> bool:
-    """True where matrices are taken apart, which outweighs moving them."""
-    return "rank" in methods[method].hyperparameters or "covariances" in methods[method].needs
+    """True where matrices are taken apart, which outweighs moving them: what every method for matrices does."""
+    return methods[method].scope == "matrices"
 
 
 def rank_of(method: str, hyperparameters: Mapping[str, Any], m: int, n: int) -> int:
-    """The rank a method uses on an m x n matrix."""
-    return resolve_rank(hyperparameters.get("rank", methods[method].defaults["rank"]), m, n)
+    """The rank a method uses on an m x n matrix; full where it has none to set."""
+    return resolve_rank(hyperparameters.get("rank", methods[method].defaults.get("rank", min(m, n))), m, n)
 
 
 def make_items(group: Group, tensors: Sequence[TensorTask], capacity: int, first_index: int) -> list[WorkItem]:

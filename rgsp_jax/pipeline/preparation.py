@@ -64,7 +64,12 @@ def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparatio
         if out is not None:
             problems += check_output(out, checkpoints)
         if len(checkpoints) == len(labels) and checkpoints:
-            problems += find_problems(checkpoints, skip=lambda name: not is_merged(config, name))
+            models, first = checkpoints[: len(config.models)], checkpoints[0]
+            problems += find_problems(models, skip=lambda name: not is_merged(config, name))
+            # Only what is merged has to be in the base: buffers are the first model's, and a base may have a head.
+            problems += find_problems(
+                [first, *checkpoints[len(models) :]], skip=lambda name: not needs_base(config, first, name)
+            )
         if problems:
             raise RefusedError(problems)
         first = checkpoints[0]
@@ -85,6 +90,11 @@ def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparatio
         if plan.problems:
             raise RefusedError(plan.problems)
         yield Preparation(config, tuple(checkpoints), plan, tuple(labels), tuple(covariances))
+
+
+def needs_base(config: MergeConfig, first: Checkpoint, name: str) -> bool:
+    """True for tensors that the base must have as the first model has them."""
+    return is_merged(config, name) and name in first.specs and first.specs[name].kind == "float"
 
 
 LENGTHS = {"sketch": "sketch", "spectrum": "values"}

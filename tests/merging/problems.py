@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgsp_jax import merging, methods
+from rgsp_jax.types import InputStatistics
 
 SHAPES = ((9, 6), (5, 12))
 
@@ -29,6 +30,8 @@ def merge(name, stack, settings=None, **needed):
     """The merged matrix and the stats as NumPy."""
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in (settings or {}).items()}
     needed = {k: v if k == "key" else jnp.asarray(v) for k, v in needed.items()}
+    if "covariances" in needed:
+        needed["inputs"] = InputStatistics(covariance=needed.pop("covariances"))
     output = compiled(name, **settings)(jnp.asarray(stack), needed)
     return np.asarray(output.merged), {k: np.asarray(v) for k, v in output.stats.items()}
 

@@ -9,6 +9,7 @@ from merging import oracles
 from merging.problems import merge
 from pipeline.toy_models import AVERAGED, SHAPES, read_model, same_bits, toy_family, write_family
 from rgsp_jax import methods
+from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, merge_checkpoints, overview, plan
 
 QUERY = "encoder.layer.1.attention.self.query.weight"
@@ -118,3 +119,23 @@ def test_elementwise_methods_see_one_entry_at_a_time(name):
     changed = methods[name](stack.at[:, 2, 3].add(10.0), **needed).merged
     differs = np.asarray(changed != whole)
     assert differs.sum() <= 1 and not np.delete(differs.ravel(), 2 * 6 + 3).any()
+
+
+def test_a_base_may_hold_more_than_the_models_and_lack_their_buffers(tmp_path):
+    family = toy_family(3)
+    base = {name: x for name, x in family[2].items() if name != "embeddings.position_ids"}
+    paths = write_family(tmp_path, [*family[:2], base | {"head.weight": np.ones((3, 8), np.float32)}])
+    config = MergeConfig(
+        models=paths[:2],
+        base=paths[2],
+        method="task_arithmetic",
+        hyperparameters={"scale": 1.0, "coefficients": [1.0, -1.0]},  # task vectors may cancel, unlike an average
+    )
+    merged = read_model(merge_checkpoints(config, tmp_path / "out").out)
+    assert merged.keys() == family[0].keys()
+    a, b, c = (model["stem.conv.weight"].astype(np.float64) for model in family)
+    np.testing.assert_allclose(merged["stem.conv.weight"], c + (a - c) - (b - c), atol=1e-5)
+    incomplete = {name: x for name, x in base.items() if name != "stem.conv.weight"}
+    lacking = write_family(tmp_path / "lacking", [incomplete])
+    with pytest.raises(RefusedError, match=r"stem\.conv\.weight"):
+        merge_checkpoints(config.model_copy(update={"base": lacking[0]}), tmp_path / "none")
