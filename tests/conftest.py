@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # One cache for all workers of a run, gone after it: the same kernel is compiled once, not once per worker.
 OWN_CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="rgsp-tests-")
@@ -12,10 +13,22 @@ if OWN_CACHE:
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Every compiled function holds a few memory maps; Linux ends a process that passes 65530 of them.
+MAPS, MAPS_LIMIT = Path("/proc/self/maps"), 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_functions_stay_few():
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MAPS_LIMIT:
+        jax.clear_caches()
 
 
 def pytest_unconfigure():

@@ -120,10 +120,11 @@ def given_to(method, tree):
 
 def test_equal_trees_return_the_tree():
     one = tree(0, np.float32)
-    for name, method in methods.items():
-        if method.keeps_copies:
-            merged, _ = merge([one] * (method.models[1] or 3), name, **given_to(method, one))
-            jax.tree.map(np.testing.assert_array_equal, merged, one)
+    for name in ("average", "slerp", "rgsp", "relative", "graft", "model_stock"):  # of every scope and need
+        method = methods[name]
+        assert method.keeps_copies
+        merged, _ = merge([one] * (method.models[1] or 3), name, **given_to(method, one))
+        jax.tree.map(np.testing.assert_array_equal, merged, one)
 
 
 def test_buffers_that_differ_are_flagged():

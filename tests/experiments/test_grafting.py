@@ -210,6 +210,7 @@ def bench(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_whole_run_writes_its_results_and_resumes(experiment, bench, tmp_path):
     out, work = tmp_path / "results" / "grafting", tmp_path / "work"
     arguments = ["--bench", str(bench), "--rows", "30", "--inputs", "20", "--work", str(work), "--out", str(out)]
