@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from rgsp_jax.grafting import graft_layer
+from rgsp_jax.grafting import graft_layer, interpolation_weights, sequential_graft
 from rgsp_jax.merging import (
     ace_merging,
     average,
@@ -92,6 +92,18 @@ TABLE = (
         rest="first",
         covariances=(1, 2),
         exclusive=frozenset({"ridge", "energy", "threshold"}),
+        scale_equivariant=True,
+        rotation_equivariant=True,
+    ),
+    Method(
+        "sequential_graft",
+        sequential_graft,
+        "Layers refitted in turn: the first model's answers on its own data, the second's on inputs of its kind.",
+        models=(2, 2),
+        needs=frozenset({"covariances"}),
+        weigh_rest=lambda given: interpolation_weights(given["share"]),
+        covariances=(2,),
+        in_step=True,
         scale_equivariant=True,
         rotation_equivariant=True,
     ),

@@ -98,7 +98,7 @@ def merge(
             like = tuple(x.shape for x in jax.tree.leaves(known)), jax.tree.structure(known)
             groups[view.matrices[1:], column[0].dtype, like].append(i)
         elif action == "average":
-            merged[i] = average_leaf(column[: len(trees)])
+            merged[i] = average_leaf(column[: len(trees)], chosen.rest_settings(hyperparameters))
         elif action == "first":
             merged[i] = column[0]
         else:
@@ -171,10 +171,11 @@ def assign_rule(
     return method.rest, None
 
 
-def average_leaf(column: tuple[Array, ...]) -> Array:
-    """Uniform mean of one leaf, in the first tree's dtype."""
+def average_leaf(column: tuple[Array, ...], settings: Mapping[str, Any]) -> Array:
+    """Mean of one leaf, in the first tree's dtype."""
     dtype = compute_dtype(column[0].dtype)
-    return methods["average"].fn(jnp.stack([x.astype(dtype) for x in column])).merged.astype(column[0].dtype)
+    stack = jnp.stack([x.astype(dtype) for x in column])
+    return methods["average"].fn(stack, **settings).merged.astype(column[0].dtype)
 
 
 def merge_group(

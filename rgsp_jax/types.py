@@ -39,6 +39,8 @@ class InputStatistics(NamedTuple):
 
     covariance: Float[Array, "c n n"] | None = None
     """`C = mean k k^T`."""
+    drift: Float[Array, "c n n"] | None = None
+    """`mean (k_i - k) k^T`, where k are the inputs in the merged model and k_i in model i; C is of k then."""
     sketch: Float[Array, "c l n"] | None = None
     trace: Float[Array, "c"] | None = None
     values: Float[Array, "c k"] | None = None

@@ -1,5 +1,6 @@
 """A strict test process: float64 allowed, no silent dtype or rank promotion, eight simulated devices."""
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -20,14 +21,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Every compiled function holds a few memory maps; Linux ends a process that passes 65530 of them.
-MAPS, MAPS_LIMIT = Path("/proc/self/maps"), 20_000
+# Every compiled function holds a few memory maps, and Linux ends a process that passes 65530 of them.
+MAPS, MAPS_LIMIT, LOOK_EVERY = Path("/proc/self/maps"), 20_000, 20
+tests_done = itertools.count(1)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def compiled_functions_stay_few():
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MAPS_LIMIT:
+    if next(tests_done) % LOOK_EVERY == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MAPS_LIMIT:
         jax.clear_caches()
 
 

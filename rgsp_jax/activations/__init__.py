@@ -3,9 +3,10 @@
 from rgsp_jax.activations.collect import collect_covariances
 from rgsp_jax.activations.combine import combine_covariance_files
 from rgsp_jax.activations.examples import Dataset, Example, read_examples
-from rgsp_jax.activations.settings import CovarianceResult, CovarianceSettings
+from rgsp_jax.activations.settings import CannotStepError, CovarianceResult, CovarianceSettings
 
 __all__ = [
+    "CannotStepError",
     "CovarianceResult",
     "CovarianceSettings",
     "Dataset",

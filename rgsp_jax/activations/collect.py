@@ -100,13 +100,7 @@ def collect_covariances(
     problems = find_output_problems(out)
     dataset, checkpoint = None, None
     try:
-        dataset = (
-            data
-            if isinstance(data, Dataset)
-            else read_examples(
-                data, field=settings.field, pair_field=settings.pair_field, image_field=settings.image_field
-            )
-        )
+        dataset = read_dataset(data, settings)
     except RefusedError as error:
         problems += error.problems
     try:
@@ -118,6 +112,13 @@ def collect_covariances(
     with checkpoint:
         runner = make_runner(checkpoint, dataset, settings)
         return _collect(runner, checkpoint, str(model), dataset, out, settings, progress, started)
+
+
+def read_dataset(data: str | Path | Dataset, settings: CovarianceSettings) -> Dataset:
+    """Data as they are, or read from a file."""
+    if isinstance(data, Dataset):
+        return data
+    return read_examples(data, field=settings.field, pair_field=settings.pair_field, image_field=settings.image_field)
 
 
 def find_output_problems(out: Path) -> list[str]:

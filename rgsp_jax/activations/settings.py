@@ -13,6 +13,10 @@ BACKENDS = ("auto", "torch", "flax")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class CannotStepError(RefusedError):
+    """These models or data allow no sequential graft; other grafts may do."""
+
+
 @dataclass(frozen=True)
 class CovarianceSettings:
     """Checked at construction; RefusedError names every field that is wrong."""

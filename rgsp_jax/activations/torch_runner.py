@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from rgsp_jax.activations.capture import Call, Capture, WeightIndex, iterate_patches
@@ -34,8 +35,9 @@ class TorchRunner:
         self._config = load_config(checkpoint)
         self._model: Any
         self._model, missing = load_model(checkpoint, self._config, settings.dtype)
-        self._encoder = choose_encoder(checkpoint, self._config, self._model, examples, settings)
+        self.encoder = choose_encoder(checkpoint, self._config, self._model, examples, settings)
         tensors, arrays = view_parameters(self._model)
+        self._parameters = tensors
         self.weights = match_weights(checkpoint, arrays, DTYPES[DTYPE_NAMES[settings.dtype]])
         self._index = WeightIndex(tensors, self.weights.places)
         parameters = inspect.signature(self._model.forward).parameters
@@ -55,7 +57,23 @@ class TorchRunner:
             )
 
     def prepare(self, examples: Sequence[Example]) -> list[Prepared]:
-        return self._encoder.prepare(examples)
+        return self.encoder.prepare(examples)
+
+    def token_table(self) -> str | None:
+        """The checkpoint tensor that token ids are looked up in; None where there is none."""
+        table = self._model.get_input_embeddings()
+        found = self._index.find(getattr(table, "weight", None))
+        return found[0] if len(found) == 1 else None
+
+    def floating(self) -> dict[str, torch.Tensor]:
+        """The model's parameters in memory by name, tied ones once."""
+        return {name: tensor.data for name, tensor in self._model.named_parameters() if tensor.is_floating_point()}
+
+    def write(self, weight: str, values: np.ndarray) -> None:
+        """Put new values in the place of a checkpoint tensor."""
+        place = self.weights.places[weight]
+        flat = self._parameters[place.parameter].reshape(-1)[place.start : place.start + place.size]
+        flat.copy_(torch.from_numpy(np.ascontiguousarray(values)).reshape(-1))
 
     def find_sites(self, batch: Sequence[Prepared]) -> list[InputSite]:
         inputs = self._encode(batch)
@@ -109,7 +127,7 @@ class TorchRunner:
             )
 
     def _encode(self, batch: Sequence[Prepared]) -> Batch:
-        encoded = add_decoder_inputs(self._encoder.encode(batch), self._config)
+        encoded = add_decoder_inputs(self.encoder.encode(batch), self._config)
         device, dtype = self._model.device, self._model.dtype
         moved = {name: tensor.to(device) for name, tensor in encoded.items()}
         return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in moved.items()}
@@ -126,7 +144,7 @@ class TorchRunner:
         return calls
 
     def _pad_token(self) -> int:
-        tokenizer = getattr(self._encoder, "tokenizer", None) or getattr(self._encoder, "processor", None)
+        tokenizer = getattr(self.encoder, "tokenizer", None) or getattr(self.encoder, "processor", None)
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         return getattr(tokenizer, "pad_token_id", None) or 0
 

@@ -4,8 +4,9 @@ A *site* is a place in a model where an input is seen: the weights that multiply
 Tensors by site and kind: `full` has `covariance` [n, n] = mean k k^T; `sketch` has `sketch` [l, n] with
 `sketch^T sketch ~ mean k k^T` and its exact `trace` []; `spectrum` has the leading eigenvalues `values` [l] of either,
 their eigenvectors `basis` [n, l], and the eigenvalue `rest` [] of every other direction. All three have `mean` [n] =
-mean k and `held_back` [h, n], rows of inputs that are in no sum. `counts` has `counts` and `held_back_counts`
-[vocabulary].
+mean k and `held_back` [h, n], rows of inputs that are in no sum. `moments` are of a merged model's inputs k, weighted:
+`covariance` and `drift` [n, n] = mean (k_i - k) k^T, k_i the inputs in the file's model, and `held_back`. `counts` has
+`counts` and `held_back_counts` [vocabulary].
 """
 
 import json
@@ -27,7 +28,7 @@ from rgsp_jax.checkpoint.specs import Checkpoint, TensorSpec
 from rgsp_jax.errors import RefusedError
 
 FORMAT, VERSION = "rgsp_jax.covariances", "1"
-SiteKind = Literal["full", "sketch", "spectrum", "counts"]
+SiteKind = Literal["full", "sketch", "spectrum", "moments", "counts"]
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 DIGEST = re.compile(r"[0-9a-f]{32}")
 
@@ -47,6 +48,7 @@ PARTS: Mapping[str, Mapping[str, tuple[np.dtype, tuple[str, ...]]]] = MappingPro
             "mean": (F32, ("n",)),
             "held_back": (F32, ("rows", "n")),
         },
+        "moments": {"covariance": (F32, ("n", "n")), "drift": (F32, ("n", "n")), "held_back": (F32, ("rows", "n"))},
         "counts": {"counts": (I64, ("n",)), "held_back_counts": (I64, ("n",))},
     }
 )

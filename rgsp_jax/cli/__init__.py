@@ -1,5 +1,6 @@
 """The command line: arguments in, tables out; the work is the pipeline's."""
 
+import logging
 import os
 import sys
 from importlib import import_module
@@ -43,6 +44,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: a refusal is one sentence per problem and exit code 2, Ctrl-C is exit code 130."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its remark on its first run on a machine
     try:
         cli(standalone_mode=False)
     except RefusedError as error:

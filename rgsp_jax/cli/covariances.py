@@ -24,8 +24,8 @@ NAMED = 5
 
 
 @contextmanager
-def progress_bar() -> Iterator[OnProgress | None]:
-    """A bar of examples on stderr; None where nobody watches."""
+def progress_bar(unit: str = "examples") -> Iterator[OnProgress | None]:
+    """A bar of examples, or of what `unit` says, on stderr; None where nobody watches."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
@@ -35,7 +35,7 @@ def progress_bar() -> Iterator[OnProgress | None]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("examples"),
+        TextColumn(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bars:

@@ -1,16 +1,22 @@
 """`rgsp graft`."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
-from rgsp_jax.activations import CovarianceSettings, collect_covariances
+from rgsp_jax.activations import CannotStepError, CovarianceSettings, collect_covariances
+from rgsp_jax.activations.collect import has_torch
 from rgsp_jax.cli.covariances import let_threads_sleep, progress_bar
+from rgsp_jax.cli.display import show
 from rgsp_jax.cli.merge import parse_override, run_merge
 from rgsp_jax.errors import RefusedError
-from rgsp_jax.pipeline import parse_config
+from rgsp_jax.pipeline import MergeConfig, parse_config
 
+HELD_BACK = 64
+"""Rows per site that prove a sequential graft."""
 RULES = ("ridge", "energy", "threshold")
 
 
@@ -18,11 +24,13 @@ RULES = ("ridge", "energy", "threshold")
 @click.argument("recipient")
 @click.argument("donor")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory to create.")
-@click.option("--covariances", help="File of `rgsp covariances RECIPIENT`.")
-@click.option("--donor-covariances", help="Of the donor's inputs, or what they are thought to be; for a ridge.")
-@click.option("--data", help="Or what to collect them from: .jsonl, .txt, .npz or a directory of images.")
+@click.option("--data", help="Inputs of RECIPIENT: .jsonl, .txt, .npz or a directory of images.")
+@click.option("--donor-data", help="Of DONOR too, where there are some; else they are guessed from its embeddings.")
 @click.option("--field", help="Of a .jsonl file's lines that holds the text.")
-@click.option("--ridge", type=float, help="Soft: protects less as it grows, in mean eigenvalues. Default 3.")
+@click.option("--share", type=float, help="Sequential, the default with --data: 0 keeps RECIPIENT most. Default .25.")
+@click.option("--covariances", help="In place of --data: a file of `rgsp covariances RECIPIENT`.")
+@click.option("--donor-covariances", help="Of the donor's inputs, or what they are thought to be; for a ridge.")
+@click.option("--ridge", type=float, help="Soft: protects less as it grows, in mean eigenvalues.")
 @click.option("--energy", type=float, help="Hard: protect the directions with this share of the inputs' energy.")
 @click.option("--threshold", type=float, help="Hard: protect eigenvalues above this (AlphaEdit: 2e-2).")
 @click.option("--per-layer", multiple=True, metavar="'PATTERN NAME=VALUE'", help="Another rule for some tensors.")
@@ -40,7 +48,9 @@ def graft(
     out: Path | None,
     covariances: str | None,
     data: str | None,
+    donor_data: str | None,
     field: str | None,
+    share: float | None,
     plan_only: bool,
     resume: bool,
     as_json: bool,
@@ -48,31 +58,80 @@ def graft(
 ) -> None:
     """Add what DONOR knows to RECIPIENT, and keep what RECIPIENT does on data of its own.
 
-    The data are a few hundred unlabelled inputs of the kind that RECIPIENT must not get worse on.
+    The data are a few hundred unlabelled inputs of the kind that RECIPIENT must not get worse on. With them every layer
+    is refitted on what the merged model feeds it (--share); a rule (--ridge, --energy, --threshold) makes a null-space
+    graft instead, and so does a file of covariances (ridge 3).
     """
     if (covariances is None) == (data is None):
         raise RefusedError("give --covariances FILE, or --data FILE to collect them from, and not both")
-    given = {name: flags.pop(name) for name in RULES}
+    given = {name: value for name in RULES if (value := flags.pop(name)) is not None}
     donors = flags.pop("donor_covariances")
+    in_step = data is not None and not given and donors is None
+    if unused := [name for name, value in (("--share", share), ("--donor-data", donor_data)) if value is not None]:
+        if not in_step:
+            raise RefusedError(f"{' and '.join(unused)}: for sequential grafts, from --data and without another rule")
+        given = {"share": share} if share is not None else {}
     fields: dict[str, Any] = {
         "models": (recipient, donor),
-        "method": "graft",
-        "hyperparameters": {name: value for name, value in given.items() if value is not None},
         "overrides": [parse_override(text) for text in flags.pop("per_layer")],
-        "covariances": (covariances or str(name_covariances(out)), *filter(None, [donors])),
     }
     fields |= {name: value for name, value in flags.items() if value not in (None, ())}
-    settings = parse_config(fields, "command line")
-    if data is not None:
-        collect_first(recipient, data, field, Path(settings.covariances[0]), resume=resume)
+    null_space = {
+        "method": "graft",
+        "hyperparameters": given,
+        "covariances": (covariances or str(name_covariances(out)), *filter(None, [donors])),
+    }
+    if in_step:
+        files = name_covariances(out), name_covariances(out, "donor-")
+        refitted = {"method": "sequential_graft", "hyperparameters": given, "covariances": tuple(map(str, files))}
+        settings = parse_config(fields | refitted, "command line")
+        try:
+            collect_in_step(settings, data, donor_data, field, files, resume=resume)
+        except CannotStepError as error:
+            if unused:
+                raise
+            said = "; ".join(error.problems)
+            Console(stderr=True).print(f"[yellow]a soft null-space graft instead:[/] {show(said)}", soft_wrap=True)
+            in_step = False
+    if not in_step:
+        settings = parse_config(fields | null_space, "command line")
+        if data is not None:
+            collect_first(recipient, data, field, Path(settings.covariances[0]), resume=resume)
     run_merge(settings, out, plan_only=plan_only, resume=resume, as_json=as_json)
 
 
-def name_covariances(out: Path | None) -> Path:
+def name_covariances(out: Path | None, prefix: str = "") -> Path:
     """Where covariances that are collected on the way are kept: a graft is only reproducible with them."""
     if out is None:
         raise RefusedError("say where to write with --out DIR")
-    return out.with_name(out.name + ".covariances.safetensors")
+    return out.with_name(f"{out.name}.{prefix}covariances.safetensors")
+
+
+def collect_in_step(
+    config: MergeConfig,
+    data: str | None,
+    others: str | None,
+    field: str | None,
+    files: tuple[Path, Path],
+    *,
+    resume: bool,
+) -> None:
+    """Collect what a sequential graft takes, unless the run that is resumed did.
+
+    Raises:
+        CannotStepError: these models or data allow none.
+    """
+    if resume and all(file.exists() for file in files):
+        return
+    if not has_torch():
+        raise CannotStepError("torch and transformers, which run models in step, are not installed here")
+    let_threads_sleep()
+    sequential = import_module("rgsp_jax.activations.sequential")
+    settings = CovarianceSettings(field=field or CovarianceSettings.field, held_back=HELD_BACK)
+    with progress_bar("sites") as progress:
+        sequential.collect_sequentially(
+            *config.models, data, files, settings, others=others, progress=progress, **config.hyperparameters
+        )
 
 
 def collect_first(model: str, data: str, field: str | None, path: Path, *, resume: bool) -> None:

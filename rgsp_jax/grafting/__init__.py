@@ -16,6 +16,7 @@ from rgsp_jax.grafting.projector import (
     decompose_sketch,
     null_space_projector,
 )
+from rgsp_jax.grafting.sequential import interpolation_weights, refit, sequential_graft
 from rgsp_jax.grafting.sketch import combine_sketches, finish_sketch, initial_sketch, update_sketch
 
 __all__ = [
@@ -31,10 +32,13 @@ __all__ = [
     "graft_layer",
     "initial_covariance",
     "initial_sketch",
+    "interpolation_weights",
     "leading_subspace",
     "null_space_projector",
     "output_change",
+    "refit",
     "ridge_graft",
+    "sequential_graft",
     "subspace_movement",
     "update_covariance",
     "update_sketch",

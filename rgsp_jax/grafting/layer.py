@@ -4,7 +4,7 @@ from typing import Annotated
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rgsp_jax.grafting.graft import graft, output_change, ridge_graft
 from rgsp_jax.grafting.projector import (
@@ -90,7 +90,6 @@ def graft_layer(
         raise ValueError("give energy or threshold, not both")
     hard = {name: x for name, x in {"energy": energy, "threshold": threshold}.items() if x is not None}
     given = hard or {"ridge": ridge}
-    change = b - a
     stats: dict[str, Array] = {}
     small = jnp.asarray(False)
     if "ridge" in given and inputs.covariance is not None:
@@ -105,12 +104,23 @@ def graft_layer(
         stats |= {"protected_rank": effective_rank(projector), "input_rank": numerical_rank(spectrum)}
         if "ridge" not in given:
             small = stats["input_rank"] <= stats["protected_rank"]
-    size = jnp.linalg.norm(change)
-    stats["donor_share"] = jnp.linalg.norm(merged - a) / jnp.where(size > 0, size, 1)
-    seen = measure_disturbance(change, inputs)
+    return MergeOutput(merged, lax.stop_gradient(stats) | measure_graft(a, b, merged, inputs, small))
+
+
+def measure_graft(
+    a: Float[Array, "m n"],
+    b: Float[Array, "m n"],
+    merged: Float[Array, "m n"],
+    inputs: InputStatistics,
+    small: Bool[Array, ""] | bool = False,
+) -> dict[str, Array]:
+    """The stats that all grafts have, without derivative; `small` stands where no input was held back."""
+    size = jnp.linalg.norm(b - a)
+    stats = {"donor_share": jnp.linalg.norm(merged - a) / jnp.where(size > 0, size, 1)}
+    seen = measure_disturbance(b - a, inputs)
     stats["output_change_seen"] = measure_disturbance(merged - a, inputs) / jnp.where(seen > 0, seen, 1)
     if inputs.held_back is not None:
         stats["output_change"] = output_change(a, b, merged, inputs.held_back[0].astype(a.dtype))
         unseen = stats["output_change"]
         small = (unseen > TRUSTED * stats["output_change_seen"]) & (unseen > 0.1)
-    return MergeOutput(merged, lax.stop_gradient(stats) | {"calibration_too_small": small})
+    return lax.stop_gradient(stats) | {"calibration_too_small": jnp.asarray(small)}

@@ -26,8 +26,8 @@ ITEM_ELEMENTS = 4 * 1024 * 1024
 """Elements of each model in one work item, where single matrices are not larger: enough to hide the overheads."""
 FACTOR_SHARE = 4
 """Methods that factorise take items so many times smaller: they outweigh the overheads sooner, and progress shows."""
-MATRIX_SITES = ("full", "sketch", "spectrum")
-"""Kinds of site that say something of a matrix's inputs."""
+MATRIX_SITES, IN_STEP_SITES = frozenset({"full", "sketch", "spectrum"}), frozenset({"moments"})
+"""Kinds of site that say something of a matrix's inputs: in a model by itself, and in step with a merge."""
 IN_FLIGHT = 3
 """Items in memory at once: one being read, one computed, one written."""
 
@@ -53,6 +53,7 @@ class InputShape:
         n = self.width
         arrays: dict[str, dict[str, tuple[int, ...]]] = {
             "full": {"covariance": (n, n)},
+            "moments": {"covariance": (n, n), "drift": (n, n)},
             "sketch": {"sketch": (self.rows, n), "trace": ()},
             "spectrum": {"values": (self.rows,), "basis": (n, self.rows), "rest": ()},
         }
@@ -207,7 +208,8 @@ def plan_merge(
         group = group_of(task)
         members.setdefault(group.key, (group, []))[1].append(task)
     items: list[WorkItem] = []
-    problems = find_hyperparameter_problems(tasks.values()) + find_misfits(tasks.values())
+    problems = find_wrong_sites(config, sites)
+    problems += find_hyperparameter_problems(tasks.values()) + find_misfits(tasks.values())
     peak = 0
     # The slowest work first, so that the time left is foretold from it and not from the quick rest.
     ordered = sorted(members.values(), key=lambda member: -cost_per_element(member[1]))
@@ -250,7 +252,7 @@ def plan_tensor(
         return (
             task(kind, "copy", "copy", {}, None)
             if method.rest == "first"
-            else task(kind, "elements", "average", {}, None)
+            else task(kind, "elements", "average", method.rest_settings(hyperparameters), None)
         )
 
     if not is_merged(config, name):
@@ -264,11 +266,29 @@ def plan_tensor(
     view = rule.view if method.scope == "matrices" else flatten_view(first.shape)
     if "covariances" not in method.needs:
         return task(rule.kind, "matrices", method.name, hyperparameters, view)
-    found = [of[name] for of in sites if name in of and of[name].kind in MATRIX_SITES]
+    found = [of[name] for of in sites if name in of and of[name].kind in kinds_for(method)]
     if not found or len(found) < len(sites):
         return rest("uncovered")
     planned = task(rule.kind, "matrices", method.name, hyperparameters, view)
     return replace(planned, sites=tuple(site.name for site in found), inputs=join_sites(found))
+
+
+def kinds_for(method: Method) -> frozenset[str]:
+    """Kinds of site that a method takes."""
+    return IN_STEP_SITES if method.in_step else MATRIX_SITES
+
+
+def find_wrong_sites(config: MergeConfig, sites: Sequence[Mapping[str, InputSite]]) -> list[str]:
+    """Covariance files that the config's method cannot take."""
+    method = config.resolved_method()
+    if "covariances" not in method.needs:
+        return []
+    how = "by `rgsp graft` without a ridge" if method.in_step else "by `rgsp covariances`"
+    return [
+        f"{path}: method {method.name!r} takes covariances collected {how}, and these are others"
+        for path, of in zip(config.covariances, sites, strict=True)
+        if (kinds := {site.kind for site in of.values()} - {"counts"}) and not kinds & kinds_for(method)
+    ]
 
 
 def join_sites(sites: Sequence[InputSite]) -> InputShape:
@@ -387,9 +407,8 @@ def estimate_flops(task: TensorTask) -> float:
         return 0.0 if task.action == "copy" else 4.0 * count * task.size
     batch, m, n = task.view.matrices
     if task.inputs is not None:  # an eigendecomposition at worst, and the products
-        return float(
-            batch * ((9 * n**3 if task.inputs.kind == "full" else 6 * n * task.inputs.rows**2) + 8 * m * n * n)
-        )
+        thin = task.inputs.kind in ("sketch", "spectrum")
+        return float(batch * ((6 * n * task.inputs.rows**2 if thin else 9 * n**3) + 8 * m * n * n))
     r = rank_of(task.method, task.hyperparameters, m, n)
     small, steps = min(m, n), min(3 * r + 20, min(m, n))
     svd = min(2 * m * n * small + 9 * small**3, 4 * m * n * steps + 4 * (m + n) * steps**2)
@@ -407,7 +426,7 @@ def find_misfits(tasks: Collection[TensorTask]) -> list[str]:
         f"{task.name}: several models' covariances are combined only where all are whole; give --memory to"
         " `rgsp covariances` for that"
         for task in tasks
-        if task.inputs is not None and task.inputs.models > 1 and task.inputs.kind != "full"
+        if task.inputs is not None and task.inputs.models > 1 and task.inputs.kind not in ("full", "moments")
     ]
     return mixed + [
         f"{task.name} {list(task.shape)} takes inputs of {task.view.matrices[2]}, its covariance is {task.inputs.width}"

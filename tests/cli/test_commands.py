@@ -20,7 +20,7 @@ from rgsp_jax.pipeline import plan
 plan.ITEM_ELEMENTS = 160
 write = ShardWriter.write
 def slow_write(*args):
-    time.sleep(0.15)
+    time.sleep(0.6)
     return write(*args)
 ShardWriter.write = slow_write
 from rgsp_jax.cli import main
