@@ -9,8 +9,8 @@ brings the tokenisers and transformers.
 The bench and the scores are those of text_encoders.py; `BENCH/<task>/train.jsonl` gives `--inputs` unlabelled inputs of
 the recipient, drawn anew for every seed. Retention is the recipient's accuracy on its own test rows, acquisition the
 donor's. Series: plain interpolation; hard and soft null-space grafts; soft grafts in the metric of pseudo-inputs
-(random sequences of the tokens whose embeddings the two models disagree on, seen by the donor); sequential grafts
-(sequential_graft.py), which need the recipient's inputs only; and, for reference, RegMean with both tasks' inputs and
+(random sequences of the tokens whose embeddings the two models disagree on, seen by the donor); sequential grafts,
+which need the recipient's inputs only; and, for reference, RegMean with both tasks' inputs and
 sequential grafts with the donor's inputs in place of pseudo-inputs. `--chains` also grafts all tasks in turn, in every
 order.
 
@@ -31,12 +31,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
 import numpy as np
-import sequential_graft as sequential
-import torch
 from text_encoders import (
     BACKENDS,
     MAXIMUM_LENGTH,
@@ -48,8 +47,9 @@ from text_encoders import (
 )
 from tokenizers import Tokenizer
 
-from rgsp_jax.activations.collect import collect_covariances
-from rgsp_jax.activations.settings import CovarianceSettings
+from rgsp_jax.activations import CovarianceSettings, Dataset, Example, collect_covariances
+from rgsp_jax.activations.pseudo_inputs import draw_pseudo_inputs, find_moved
+from rgsp_jax.activations.sequential import collect_sequentially
 from rgsp_jax.pipeline import MergeConfig, merge_checkpoints
 from rgsp_jax.version import __version__
 
@@ -110,9 +110,13 @@ class Bench:
     def pseudo_ids(self, recipient: str, donor: str, seed: int) -> list[list[int]]:
         """Return pseudo-inputs of the donor (`draw_pseudo_inputs`)."""
         ours, theirs = read_weights(self.model(recipient)), read_weights(self.model(donor))
-        moves = [sequential.find_moved(*(np.float32(w[name]) for w in (ours, theirs))) for name in (WORDS, POSITIONS)]
-        own = self.ids(recipient, seed)
-        return sequential.draw_pseudo_inputs(*moves, own, self.inputs, MAXIMUM_LENGTH, seed)
+        moves = [find_moved(*(np.float32(w[name]) for w in (ours, theirs))) for name in (WORDS, POSITIONS)]
+        return draw_pseudo_inputs(*moves, self.ids(recipient, seed), self.inputs, MAXIMUM_LENGTH, seed)
+
+    def pseudo_texts(self, recipient: str, donor: str, seed: int) -> list[str]:
+        """Return the same as texts."""
+        decode = tokenizer_of(self.model(donor)).decode
+        return [decode(ids) for ids in self.pseudo_ids(recipient, donor, seed)]
 
     def covariances(self, model: str, texts: Sequence[str], name: str) -> str:
         """Return the file of covariances of a model's inputs on these texts, made the first time."""
@@ -129,9 +133,7 @@ class Bench:
 
     def pseudo_covariances(self, recipient: str, donor: str, seed: int) -> str:
         """Of the donor's inputs, on pseudo-inputs."""
-        decode = tokenizer_of(self.model(donor)).decode
-        texts = [decode(ids) for ids in self.pseudo_ids(recipient, donor, seed)]
-        return self.covariances(donor, texts, f"{donor}-pseudo-{recipient}-{seed}")
+        return self.covariances(donor, self.pseudo_texts(recipient, donor, seed), f"{donor}-pseudo-{recipient}-{seed}")
 
 
 @cache
@@ -184,34 +186,36 @@ def merge(
 
 def make_sequential(bench: Bench, recipient: str, donor: str, knob: float, seed: int, out: Path) -> None:
     """Write the sequential graft, with pseudo-inputs of the donor."""
-    others = bench.pseudo_ids(recipient, donor, seed)
-    run_sequential(bench.model(recipient), bench.model(donor), bench.ids(recipient, seed), others, knob, out)
+    run_sequential(bench.model(recipient), bench.model(donor), bench.texts(recipient, seed), None, knob, seed, out)
 
 
 def make_sequential_both(bench: Bench, recipient: str, donor: str, knob: float, seed: int, out: Path) -> None:
     """Write the sequential graft, with inputs of both tasks."""
-    others = bench.ids(donor, seed)
-    run_sequential(bench.model(recipient), bench.model(donor), bench.ids(recipient, seed), others, knob, out)
+    own, others = bench.texts(recipient, seed), bench.texts(donor, seed)
+    run_sequential(bench.model(recipient), bench.model(donor), own, others, knob, seed, out)
 
 
 def run_sequential(
-    recipient: Path, donor: Path, own: list[list[int]], others: list[list[int]], knob: float, out: Path
+    recipient: Path, donor: Path, own: Sequence[str], others: Sequence[str] | None, knob: float, seed: int, out: Path
 ) -> None:
-    """Graft one directory onto another and write the result in the recipient's dtype."""
-    ours, theirs = load(recipient), load(donor)
-    merged = sequential.graft_sequentially(
-        ours, theirs, sequential.batch(own), sequential.batch(others), own_share=knob
-    )
-    half = any(array.dtype == np.float16 for array in read_weights(recipient).values())
-    (merged.half() if half else merged).save_pretrained(out)
-    shutil.copy(recipient / "tokenizer.json", out)
+    """Graft one directory onto another, as `rgsp graft` does."""
+    with TemporaryDirectory() as directory:
+        files = Path(directory) / "own.safetensors", Path(directory) / "others.safetensors"
+        settings = CovarianceSettings(max_length=MAXIMUM_LENGTH, held_back=0, seed=seed)
+        given = None if others is None else as_dataset(others)
+        collect_sequentially(recipient, donor, as_dataset(own), files, settings, share=knob, others=given)
+        config = MergeConfig(
+            models=(str(recipient), str(donor)),
+            method="sequential_graft",
+            hyperparameters={"share": knob},
+            covariances=tuple(map(str, files)),
+        )
+        merge_checkpoints(config, out, resume=True)
 
 
-def load(directory: Path) -> torch.nn.Module:
-    """Return an encoder in float32."""
-    from transformers import BertModel
-
-    return BertModel.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+def as_dataset(texts: Sequence[str]) -> Dataset:
+    """Return texts as the library takes them."""
+    return Dataset("texts", "0" * 32, [Example(text) for text in texts])
 
 
 SERIES = (
@@ -271,12 +275,12 @@ def run_chains(
     Protected are the first task's inputs and the pseudo-inputs of every donor grafted so far.
     """
     for order in itertools.permutations(bench.tasks):
-        current, own = bench.model(order[0]), bench.ids(order[0], seed)
+        current, own = bench.model(order[0]), bench.texts(order[0], seed)
         for step, donor in enumerate(order[1:]):
-            others = bench.pseudo_ids(order[0], donor, seed)
+            others = bench.pseudo_texts(order[0], donor, seed)
             out = bench.work / f"chain-{step}"
             shutil.rmtree(out, ignore_errors=True)
-            run_sequential(current, bench.model(donor), own, others, knob, out)
+            run_sequential(current, bench.model(donor), own, others, knob, seed, out)
             current, own = out, own + others
         yield order, scorer.score(current, list(order))
 
