@@ -19,6 +19,7 @@ LEARNABLE = {
     "gsf": {},
     "relative": {"scale": 1.5},
     "graft": {"ridge": 2.0},
+    "sequential_graft": {"share": 0.4, "pull": 0.1},
     "regmean": {"off_diagonal": 0.7},
     "karcher": {"coefficients": [1.0, 2.0, 0.5]},
     "task_arithmetic": {"scale": 0.7, "coefficients": [1.0, 2.0, 0.5]},

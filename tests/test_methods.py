@@ -45,6 +45,11 @@ def needed(name, stack):
         rows = jnp.asarray(np.random.default_rng(11).normal(size=(count, 20, n)) * np.geomspace(1, 0.1, n), wide)
         covariance = jnp.einsum("cin,cim->cnm", rows[:, :15], rows[:, :15]) / 15
         extras["inputs"] = InputStatistics(covariance=covariance, held_back=rows[:, 15:])
+        if methods[name].in_step:  # inputs drift as far apart as the models are
+            wide_stack = stack.astype(wide)
+            apart = jnp.linalg.norm(wide_stack - wide_stack[:1]) / jnp.linalg.norm(wide_stack)
+            drift = 0.1 * apart * jnp.einsum("cin,cim->cnm", jnp.roll(rows[:, :15], 1, axis=1), rows[:, :15]) / 15
+            extras["inputs"] = extras["inputs"]._replace(drift=drift)
     return extras
 
 

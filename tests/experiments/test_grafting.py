@@ -1,11 +1,10 @@
-"""The grafting experiment and sequential grafts, on tiny random encoders."""
+"""The grafting experiment, on tiny random encoders."""
 
 import importlib
 import json
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,23 +21,13 @@ CONFIG |= {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_
 
 
 @pytest.fixture(scope="module")
-def modules():
-    """The scripts, as they are when one of them is run: their directory is on the path."""
+def experiment():
+    """The script, as it is when it is run: its directory is on the path."""
     sys.path.insert(0, str(EXPERIMENTS))
     try:
-        yield importlib.import_module("sequential_graft"), importlib.import_module("grafting")
+        yield importlib.import_module("grafting")
     finally:
         sys.path.remove(str(EXPERIMENTS))
-
-
-@pytest.fixture(scope="module")
-def sequential(modules):
-    return modules[0]
-
-
-@pytest.fixture(scope="module")
-def experiment(modules):
-    return modules[1]
 
 
 def make_encoder(seed):
@@ -46,123 +35,14 @@ def make_encoder(seed):
     return transformers.BertModel(transformers.BertConfig(**CONFIG)).eval()
 
 
-def make_pair(only_layers):
-    """An encoder and a fine-tune of it: other linear layers, or all else too."""
+def make_pair():
+    """An encoder and a fine-tune of it."""
     recipient, donor = make_encoder(0), make_encoder(0)
     generator = torch.Generator().manual_seed(1)
-    linear = {name for name, layer in donor.named_modules() if isinstance(layer, torch.nn.Linear)}
     with torch.no_grad():
-        for name, tensor in donor.named_parameters():
-            if not only_layers or name.rpartition(".")[0] in linear:
-                tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
+        for tensor in donor.parameters():
+            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
     return recipient, donor
-
-
-def hidden(model, batches):
-    out = []
-    for rows in batches:
-        with torch.no_grad():
-            states = model(torch.from_numpy(rows.ids), torch.from_numpy(rows.mask)).last_hidden_state.numpy()
-        out.append(states[rows.mask.astype(bool)])
-    return np.concatenate(out)
-
-
-def test_fit_layer_is_the_weighted_least_squares_solution(sequential):
-    rng = np.random.default_rng(0)
-    n, m = 7, 4
-    start = rng.normal(size=(m, n))
-    inputs = [rng.normal(size=(rows, n)) for rows in (5, 9, 3)]
-    targets = [rng.normal(size=(rows, m)) for rows in (5, 9, 3)]
-    weights, pull = np.array([1.0, 0.5, 2.0]), 0.3
-    fitted = sequential.fit_layer(
-        jnp.asarray(start), [*map(jnp.asarray, inputs)], [*map(jnp.asarray, targets)], jnp.asarray(weights), pull
-    )
-    scales = [np.sqrt(w / np.sum(k * k)) for w, k in zip(weights, inputs, strict=True)]
-    rows = [s * k for s, k in zip(scales, inputs, strict=True)] + [np.sqrt(pull / n) * np.eye(n)]
-    right = [s * y for s, y in zip(scales, targets, strict=True)] + [np.sqrt(pull / n) * start.T]
-    expected = np.linalg.lstsq(np.concatenate(rows), np.concatenate(right), rcond=None)[0].T
-    np.testing.assert_allclose(fitted, expected, rtol=0, atol=1e-12)
-
-
-def test_both_models_answers_are_kept_where_the_layers_have_room(sequential):
-    """Fewer tokens than inputs of a layer: the recipient's answers on its row and the donor's on its own, at once."""
-    recipient, donor = make_pair(only_layers=True)
-    own, others = sequential.batch([[3, 9, 4, 20, 7]]), sequential.batch([[5, 11, 30, 2, 45, 8, 61]])
-    settings = {"own_share": 0.0, "pull": 0.0}
-    merged = sequential.graft_sequentially(recipient, donor, own, others, **settings)
-    apart = np.abs(hidden(donor, own) - hidden(recipient, own)).max()
-    assert apart > 0.05
-    np.testing.assert_allclose(hidden(merged, own), hidden(recipient, own), atol=0.01 * apart)
-    np.testing.assert_allclose(hidden(merged, others), hidden(donor, others), atol=0.01 * apart)
-    blind = sequential.interpolate(recipient, donor, 0.5)
-    assert np.abs(hidden(blind, own) - hidden(recipient, own)).max() > 0.1 * apart
-
-
-def test_the_knob_trades_the_recipients_answers_for_the_donors(sequential):
-    recipient, donor = make_pair(only_layers=False)
-    rng = np.random.default_rng(2)
-    own, others = (sequential.batch([rng.integers(1, 64, size=n).tolist() for n in (9, 4, 12) * 8]) for _ in range(2))
-    errors = []
-    for share in (0.0, 0.3, 3.0):
-        merged = sequential.graft_sequentially(recipient, donor, own, others, own_share=share)
-        errors.append([np.square(hidden(merged, own) - hidden(m, own)).mean() for m in (recipient, donor)])
-    kept, given = np.array(errors).T
-    assert np.all(np.diff(kept) > 0)
-    assert np.all(np.diff(given) < 0)
-
-
-def test_equal_models_return_the_model(sequential):
-    recipient = make_encoder(0)
-    own = sequential.batch([[3, 9, 4], [5, 1, 2, 8, 9]])
-    merged = sequential.graft_sequentially(recipient, make_encoder(0), own, own, own_share=0.7)
-    for name, tensor in merged.state_dict().items():
-        np.testing.assert_allclose(tensor.numpy(), recipient.state_dict()[name].numpy(), atol=2e-4, err_msg=name)
-
-
-def test_padding_does_not_count(sequential):
-    recipient, donor = make_pair(only_layers=False)
-    sentences = [[3, 9, 4, 7, 8], list(range(20, 32)), [5, 11]]
-    own, others = sequential.batch(sentences), sequential.batch([[30, 2, 45]])
-    assert [rows.ids.shape for rows in own] == [(2, 8), (1, 16)]
-    wide = sequential.pad(sentences, 20)
-    wide.ids[wide.mask == 0] = 17
-    a = sequential.graft_sequentially(recipient, donor, own, others)
-    b = sequential.graft_sequentially(recipient, donor, [wide], others)
-    for name, tensor in a.state_dict().items():
-        np.testing.assert_allclose(tensor.numpy(), b.state_dict()[name].numpy(), atol=1e-4, err_msg=name)
-
-
-def test_a_failing_batch_ends_the_run(sequential):
-    def refit(name, layer, inputs):
-        raise ArithmeticError(name)
-
-    with pytest.raises(ArithmeticError, match="attention"):
-        sequential.run_in_step(make_encoder(0), sequential.batch([[3, 4], list(range(12))]), refit)
-
-
-def test_pseudo_inputs_are_of_tokens_that_moved(sequential):
-    rng = np.random.default_rng(0)
-    table = rng.normal(size=(500, 8))
-    other = table * (1 - 1e-5)  # decay of rows that were never looked up
-    moved = np.array([101, 102, *range(200, 260)])
-    other[moved] += 0.05 * rng.normal(size=(len(moved), 8))
-    positions = np.zeros(64)
-    positions[:20] = 1
-    moves = sequential.find_moved(table, other)
-    np.testing.assert_array_equal(np.flatnonzero(moves), moved)
-    own = [[101, 7, 8, 102], [101, 9, 102]]
-    drawn = sequential.draw_pseudo_inputs(moves, positions, own, 200, 48, seed=3)
-    assert len(drawn) == 200
-    assert {s[0] for s in drawn} == {101}
-    assert {s[-1] for s in drawn} == {102}
-    inside = np.concatenate([s[1:-1] for s in drawn])
-    assert set(inside) == set(range(200, 260))
-    assert np.mean(inside < 210) > 2 * np.mean(inside >= 250)
-    assert {len(s) for s in drawn} == set(range(sequential.SHORTEST, 21))
-    assert drawn == sequential.draw_pseudo_inputs(moves, positions, own, 200, 48, seed=3)
-    assert sequential.find_frame([[1, 2], [1, 3]]) == ([1], [])
-    with pytest.raises(ValueError, match="share their embeddings"):
-        sequential.draw_pseudo_inputs(np.zeros(500), positions, own, 5, 48, seed=0)
 
 
 def test_comparison_at_equal_retention(experiment):
@@ -193,7 +73,7 @@ def bench(tmp_path_factory):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    for name, model in zip(("first", "second"), make_pair(only_layers=False), strict=True):
+    for name, model in zip(("first", "second"), make_pair(), strict=True):
         directory = root / name / "model"
         model.half().save_pretrained(directory)
         tokenizer.save(str(directory / "tokenizer.json"))

@@ -512,7 +512,8 @@ def test_glossary_knows_what_the_methods_say():
     stack = jax.ShapeDtypeStruct((2, 8, 6), jnp.float32)
     assert set(methods) <= set(glossary["methods"])
     for method in methods.values():
-        inputs = InputStatistics(covariance=jnp.ones((2, 6, 6)), held_back=jnp.ones((2, 3, 6)))
+        drift = jnp.ones((2, 6, 6)) if method.in_step else None
+        inputs = InputStatistics(jnp.ones((2, 6, 6)), drift, held_back=jnp.ones((2, 3, 6)))
         beside = {"base": jnp.ones((8, 6)), "inputs": inputs, "key": jax.random.key(0)}
         needs = {"inputs" if need == "covariances" else need for need in method.needs}
         given = {name: value for name, value in beside.items() if name in needs}
