@@ -8,7 +8,8 @@ brings the tokenisers and transformers.
 
 The bench and the scores are those of text_encoders.py; `BENCH/<task>/train.jsonl` gives `--inputs` unlabelled inputs of
 the recipient, drawn anew for every seed. Retention is the recipient's accuracy on its own test rows, acquisition the
-donor's. Series: plain interpolation; hard and soft null-space grafts; soft grafts in the metric of pseudo-inputs
+donor's. Series: plain interpolation; hard and soft null-space grafts; soft grafts whose ridge in every layer leaves the
+same share of the donor's disturbance; soft grafts in the metric of pseudo-inputs
 (random sequences of the tokens whose embeddings the two models disagree on, seen by the donor); sequential grafts,
 which need the recipient's inputs only; and, for reference, RegMean with both tasks' inputs and
 sequential grafts with the donor's inputs in place of pseudo-inputs. `--chains` also grafts all tasks in turn, in every
@@ -50,7 +51,9 @@ from tokenizers import Tokenizer
 from rgsp_jax.activations import CovarianceSettings, Dataset, Example, collect_covariances
 from rgsp_jax.activations.pseudo_inputs import draw_pseudo_inputs, find_moved
 from rgsp_jax.activations.sequential import collect_sequentially
+from rgsp_jax.checkpoint import open_covariances
 from rgsp_jax.pipeline import MergeConfig, merge_checkpoints
+from rgsp_jax.pipeline.config import Override
 from rgsp_jax.version import __version__
 
 WORDS, POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
@@ -163,6 +166,36 @@ def make_hard(bench: Bench, recipient: str, donor: str, knob: float, seed: int, 
     merge(bench, "graft", (recipient, donor), {"energy": knob}, files, out)
 
 
+def make_discrepancy(bench: Bench, recipient: str, donor: str, knob: float, seed: int, out: Path) -> None:
+    """Write soft grafts whose ridge in every layer leaves the same share of the donor's disturbance."""
+    path = bench.own_covariances(recipient, seed)
+    ours, theirs = (read_weights(bench.model(task)) for task in (recipient, donor))
+    overrides = []
+    with open_covariances(path) as file:
+        for site in file.sites.values():
+            if site.kind == "full":
+                values, basis = np.linalg.eigh(file.read(site.name, "covariance").astype(np.float64))
+                for name in site.weights:
+                    along = np.sum(((np.float64(theirs[name]) - ours[name]) @ basis) ** 2, axis=0)
+                    ridge = find_ridge(np.maximum(values, 0), along, knob)
+                    overrides.append(Override(pattern=name, hyperparameters={"ridge": ridge}))
+    merge(bench, "graft", (recipient, donor), {}, (path,), out, tuple(overrides))
+
+
+def find_ridge(values: np.ndarray, along: np.ndarray, share: float) -> float:
+    """Return the ridge at which `|(W* - A) C^(1/2)| = share |(B - A) C^(1/2)|`, by bisection.
+
+    `along` are the squared lengths of B - A along the eigenvectors of C, whose eigenvalues are `values`.
+    """
+    low, high = -6.0, 6.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        shift = 10**middle * values.mean()
+        left = np.sqrt(np.sum(values * (shift / (values + shift)) ** 2 * along) / np.sum(values * along))
+        low, high = (middle, high) if left < share else (low, middle)
+    return 10**low
+
+
 def make_soft_pseudo(bench: Bench, recipient: str, donor: str, knob: float, seed: int, out: Path) -> None:
     """Write the soft graft in the metric of the donor's pseudo-inputs."""
     files = (bench.own_covariances(recipient, seed), bench.pseudo_covariances(recipient, donor, seed))
@@ -176,11 +209,19 @@ def make_regmean(bench: Bench, recipient: str, donor: str, knob: float, seed: in
 
 
 def merge(
-    bench: Bench, method: str, tasks: Sequence[str], settings: dict[str, Any], covariances: tuple[str, ...], out: Path
+    bench: Bench,
+    method: str,
+    tasks: Sequence[str],
+    settings: dict[str, Any],
+    covariances: tuple[str, ...],
+    out: Path,
+    overrides: tuple[Override, ...] = (),
 ) -> None:
     """Run the product's pipeline."""
     models = tuple(str(bench.model(task)) for task in tasks)
-    config = MergeConfig(models=models, method=method, hyperparameters=settings, covariances=covariances)
+    config = MergeConfig(
+        models=models, method=method, hyperparameters=settings, covariances=covariances, overrides=overrides
+    )
     merge_checkpoints(config, out, resume=True)
 
 
@@ -222,6 +263,7 @@ SERIES = (
     Series(INTERPOLATION, tuple(round(0.1 * i, 1) for i in range(11)), make_interpolation, seeded=False),
     Series(SEQUENTIAL, (0.0, 0.1, 0.25, 0.6), make_sequential),
     Series("soft ridge", (1, 3, 10), make_soft),
+    Series("soft ridge, discrepancy rule", (0.2, 0.35, 0.5), make_discrepancy),
     Series("soft ridge, pseudo-input metric", (0.5, 1.5, 5), make_soft_pseudo),
     Series("hard energy", (0.9, 0.99), make_hard),
     Series("RegMean, both inputs", (0.9,), make_regmean),

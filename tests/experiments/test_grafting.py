@@ -5,10 +5,12 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rgsp_jax.checkpoint import write_safetensors
+from rgsp_jax.grafting import output_change, ridge_graft
 
 tokenizers = pytest.importorskip("tokenizers")
 torch = pytest.importorskip("torch")
@@ -113,3 +115,14 @@ def test_whole_run_writes_its_results_and_resumes(experiment, bench, tmp_path):
     before = (work / "points.jsonl").read_text()
     assert experiment.main(arguments[:-1]) == points
     assert (work / "points.jsonl").read_text() == before
+
+
+def test_the_discrepancy_rule_leaves_the_share_that_was_asked_for(experiment):
+    rng = np.random.default_rng(0)
+    a, b, k = rng.normal(size=(4, 7)), rng.normal(size=(4, 7)), rng.normal(size=(40, 7)) * np.geomspace(1, 0.05, 7)
+    covariance = k.T @ k / len(k)
+    values, basis = np.linalg.eigh(covariance)
+    for share in (0.1, 0.5, 0.9):
+        ridge = experiment.find_ridge(values, np.sum(((b - a) @ basis) ** 2, axis=0), share)
+        merged = ridge_graft(jnp.asarray(a), jnp.asarray(b), jnp.asarray(covariance), ridge)
+        assert float(output_change(jnp.asarray(a), jnp.asarray(b), merged, jnp.asarray(k))) == pytest.approx(share)
