@@ -243,8 +243,8 @@ def run_sequential(
     with TemporaryDirectory() as directory:
         files = Path(directory) / "own.safetensors", Path(directory) / "others.safetensors"
         settings = CovarianceSettings(max_length=MAXIMUM_LENGTH, held_back=0, seed=seed)
-        given = None if others is None else as_dataset(others)
-        collect_sequentially(recipient, donor, as_dataset(own), files, settings, share=knob, others=given)
+        given = [] if others is None else [as_dataset(others)]
+        collect_sequentially(recipient, [donor], as_dataset(own), files, settings, share=knob, others=given)
         config = MergeConfig(
             models=(str(recipient), str(donor)),
             method="sequential_graft",

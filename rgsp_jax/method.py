@@ -123,8 +123,8 @@ class Method:
     """"matrices" merges 2-D views and leaves vectors and embeddings to `rest`; "tensors" takes everything."""
     rest: Literal["average", "first"] = "average"
     """What becomes of the tensors out of scope: the models' average, or what they are in the first model."""
-    weigh_rest: Callable[[Mapping[str, Any]], list[float]] | None = None
-    """Hyperparameters -> coefficients of that average; None is uniform."""
+    weigh_rest: Callable[[Mapping[str, Any], int], list[float]] | None = None
+    """(hyperparameters, models) -> coefficients of that average; None is uniform."""
     covariances: tuple[int, ...] = ()
     """How many models' covariances it takes, where it needs them; empty is every one's."""
     in_step: bool = False
@@ -199,11 +199,11 @@ class Method:
         """How many covariance files it takes for so many models."""
         return () if "covariances" not in self.needs else self.covariances or (models,)
 
-    def rest_settings(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    def rest_settings(self, hyperparameters: Mapping[str, Any], models: int) -> dict[str, Any]:
         """Hyperparameters of the average of the tensors out of scope."""
         if self.weigh_rest is None:
             return {}
-        return {"coefficients": self.weigh_rest({**self.defaults, **hyperparameters})}
+        return {"coefficients": self.weigh_rest({**self.defaults, **hyperparameters}, models)}
 
     def override(self, hyperparameters: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """Hyperparameters with changes in their place; one that excludes another displaces it."""

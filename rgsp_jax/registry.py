@@ -98,11 +98,9 @@ TABLE = (
     Method(
         "sequential_graft",
         sequential_graft,
-        "Layers refitted in turn: the first model's answers on its own data, the second's on inputs of its kind.",
-        models=(2, 2),
+        "Layers refitted in turn: the first model's answers on its own data, the others' on inputs of their kind.",
         needs=frozenset({"covariances"}),
-        weigh_rest=lambda given: interpolation_weights(given["share"]),
-        covariances=(2,),
+        weigh_rest=lambda given, models: interpolation_weights(given["share"], models),
         in_step=True,
         scale_equivariant=True,
         rotation_equivariant=True,

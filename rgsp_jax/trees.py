@@ -98,7 +98,7 @@ def merge(
             like = tuple(x.shape for x in jax.tree.leaves(known)), jax.tree.structure(known)
             groups[view.matrices[1:], column[0].dtype, like].append(i)
         elif action == "average":
-            merged[i] = average_leaf(column[: len(trees)], chosen.rest_settings(hyperparameters))
+            merged[i] = average_leaf(column[: len(trees)], chosen.rest_settings(hyperparameters, len(trees)))
         elif action == "first":
             merged[i] = column[0]
         else:

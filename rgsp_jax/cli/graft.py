@@ -1,5 +1,6 @@
 """`rgsp graft`."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ RULES = ("ridge", "energy", "threshold")
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipient")
-@click.argument("donor")
+@click.argument("donors", nargs=-1, required=True)
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory to create.")
 @click.option("--data", help="Inputs of RECIPIENT: .jsonl, .txt, .npz or a directory of images.")
-@click.option("--donor-data", help="Of DONOR too, where there are some; else they are guessed from its embeddings.")
+@click.option("--donor-data", multiple=True, help="Of DONOR too, if there are some; else guessed from its embeddings.")
 @click.option("--field", help="Of a .jsonl file's lines that holds the text.")
 @click.option("--share", type=float, help="Sequential, the default with --data: 0 keeps RECIPIENT most. Default .25.")
 @click.option("--covariances", help="In place of --data: a file of `rgsp covariances RECIPIENT`.")
@@ -44,11 +45,11 @@ RULES = ("ridge", "energy", "threshold")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def graft(
     recipient: str,
-    donor: str,
+    donors: tuple[str, ...],
     out: Path | None,
     covariances: str | None,
     data: str | None,
-    donor_data: str | None,
+    donor_data: tuple[str, ...],
     field: str | None,
     share: float | None,
     plan_only: bool,
@@ -56,7 +57,7 @@ def graft(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Add what DONOR knows to RECIPIENT, and keep what RECIPIENT does on data of its own.
+    """Add what DONORs know to RECIPIENT, and keep what RECIPIENT does on data of its own.
 
     The data are a few hundred unlabelled inputs of the kind that RECIPIENT must not get worse on. With them every layer
     is refitted on what the merged model feeds it (--share); a rule (--ridge, --energy, --threshold) makes a null-space
@@ -65,30 +66,37 @@ def graft(
     if (covariances is None) == (data is None):
         raise RefusedError("give --covariances FILE, or --data FILE to collect them from, and not both")
     given = {name: value for name in RULES if (value := flags.pop(name)) is not None}
-    donors = flags.pop("donor_covariances")
-    in_step = data is not None and not given and donors is None
-    if unused := [name for name, value in (("--share", share), ("--donor-data", donor_data)) if value is not None]:
-        if not in_step:
-            raise RefusedError(f"{' and '.join(unused)}: for sequential grafts, from --data and without another rule")
-        given = {"share": share} if share is not None else {}
+    other_covariances = flags.pop("donor_covariances")
+    overrides = [parse_override(text) for text in flags.pop("per_layer")]
+    null_space_rule = (
+        given or other_covariances or any(rule in o["hyperparameters"] for o in overrides for rule in RULES)
+    )
+    in_step = data is not None and not null_space_rule
+    asked = [name for name, value in (("--share", share), ("--donor-data", donor_data or None)) if value is not None]
+    asked += ["several donors"] if donors[1:] else []
+    if asked and not in_step:
+        raise RefusedError(f"{' and '.join(asked)}: for sequential grafts, from --data and without another rule")
+    if share is not None:
+        given = {"share": share}
     fields: dict[str, Any] = {
-        "models": (recipient, donor),
-        "overrides": [parse_override(text) for text in flags.pop("per_layer")],
+        "models": (recipient, *donors),
+        "overrides": overrides,
     }
     fields |= {name: value for name, value in flags.items() if value not in (None, ())}
     null_space = {
         "method": "graft",
         "hyperparameters": given,
-        "covariances": (covariances or str(name_covariances(out)), *filter(None, [donors])),
+        "covariances": (covariances or str(name_covariances(out)), *filter(None, [other_covariances])),
     }
     if in_step:
-        files = name_covariances(out), name_covariances(out, "donor-")
+        names = ["", "donor-"] if not donors[1:] else ["", *(f"donor-{i}-" for i in range(1, len(donors) + 1))]
+        files = [name_covariances(out, name) for name in names]
         refitted = {"method": "sequential_graft", "hyperparameters": given, "covariances": tuple(map(str, files))}
         settings = parse_config(fields | refitted, "command line")
         try:
             collect_in_step(settings, data, donor_data, field, files, resume=resume)
         except CannotStepError as error:
-            if unused:
+            if asked:
                 raise
             said = "; ".join(error.problems)
             Console(stderr=True).print(f"[yellow]a soft null-space graft instead:[/] {show(said)}", soft_wrap=True)
@@ -110,9 +118,9 @@ def name_covariances(out: Path | None, prefix: str = "") -> Path:
 def collect_in_step(
     config: MergeConfig,
     data: str | None,
-    others: str | None,
+    others: Sequence[str],
     field: str | None,
-    files: tuple[Path, Path],
+    files: Sequence[Path],
     *,
     resume: bool,
 ) -> None:
@@ -130,7 +138,14 @@ def collect_in_step(
     settings = CovarianceSettings(field=field or CovarianceSettings.field, held_back=HELD_BACK)
     with progress_bar("sites") as progress:
         sequential.collect_sequentially(
-            *config.models, data, files, settings, others=others, progress=progress, **config.hyperparameters
+            config.models[0],
+            config.models[1:],
+            data,
+            files,
+            settings,
+            others=others,
+            progress=progress,
+            **config.hyperparameters,
         )
 
 

@@ -33,9 +33,9 @@ Pull = Annotated[
 ]
 
 
-def interpolation_weights(share: Any) -> list[Any]:
-    """[1 - t, t], the weights of recipient and donor where nothing is refitted: `t = share / (1 + share)`."""
-    return [1 / (1 + share), share / (1 + share)]
+def interpolation_weights(share: Any, count: int = 2) -> list[Any]:
+    """Weights of the recipient and of `count - 1` donors where nothing is refitted; `share / (1 + share)` is theirs."""
+    return [1 / (1 + share)] + [share / (1 + share) / (count - 1)] * (count - 1)
 
 
 def refit(
@@ -70,29 +70,31 @@ def refit(
 
 
 def sequential_graft(
-    stack: Float[Array, "2 m n"], inputs: InputStatistics, share: Share = SHARE, pull: Pull = PULL
+    stack: Float[Array, "k m n"], inputs: InputStatistics, share: Share = SHARE, pull: Pull = PULL
 ) -> MergeOutput:
-    """A layer of the recipient refitted to answer its own inputs as before, and the donor's as the donor does.
+    """A layer of the recipient refitted to answer its own inputs as before, and every donor's as the donor does.
 
     Args:
-        stack: recipient and donor [2, m, n].
-        inputs: `covariance` and `drift` [2, n, n], collected in step with the merge (`rgsp graft --data`).
+        stack: recipient and K - 1 donors [K, m, n].
+        inputs: `covariance` and `drift` [K, n, n], collected in step with the merge (`rgsp graft --data`).
         share: what the inputs were collected with.
         pull: see `refit`.
 
     Returns:
-        The graft; stats as of `graft_layer`; flag `refit_singular` where the system could not be solved and the
-        interpolation stands.
+        The graft; stats as of `graft_layer`, against the donors' mean; flag `refit_singular` where the system could not
+        be solved and the interpolation stands.
 
     Raises:
-        ValueError: inputs without drift, or not of two models.
+        ValueError: inputs without drift, or not of all models.
     """
-    if inputs.covariance is None or inputs.drift is None or inputs.covariance.shape[0] != 2:
-        raise ValueError("a sequential graft needs the covariances and drifts of two models' inputs")
+    count = stack.shape[0]
+    if inputs.covariance is None or inputs.drift is None or inputs.covariance.shape[0] != count:
+        raise ValueError("a sequential graft needs the covariances and drifts of every model's inputs")
     dtype = stack.dtype
-    start = stack[0] + jnp.asarray(interpolation_weights(share)[1], dtype) * (stack[1] - stack[0])
+    donor = stack[0] + (stack[1:] - stack[:1]).mean(0)
+    start = stack[0] + jnp.asarray(1 - interpolation_weights(share)[0], dtype) * (donor - stack[0])
     merged = refit(stack, inputs.covariance.astype(dtype), inputs.drift.astype(dtype), start, pull)
     singular = ~jnp.isfinite(merged).all()
     merged = jnp.where(singular, start, merged)
-    stats = measure_graft(stack[0], stack[1], merged, inputs)
+    stats = measure_graft(stack[0], donor, merged, inputs)
     return MergeOutput(merged, stats | {"refit_singular": singular})

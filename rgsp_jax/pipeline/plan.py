@@ -252,7 +252,7 @@ def plan_tensor(
         return (
             task(kind, "copy", "copy", {}, None)
             if method.rest == "first"
-            else task(kind, "elements", "average", method.rest_settings(hyperparameters), None)
+            else task(kind, "elements", "average", method.rest_settings(hyperparameters, len(config.models)), None)
         )
 
     if not is_merged(config, name):

@@ -39,8 +39,8 @@ def save_pair(directory, make, parts=("",), spread=0.1, **options):
 
 def graft(pair, own, tmp_path, name="graft", settings=None, **options):
     """Collect and merge; returns the output directory and the two files."""
-    files = tmp_path / f"{name}.own.safetensors", tmp_path / f"{name}.others.safetensors"
-    collect_sequentially(*pair, own, files, settings, **options)
+    files = [tmp_path / f"{name}.{i}.safetensors" for i in range(len(pair))]
+    collect_sequentially(pair[0], pair[1:], own, files, settings, **options)
     given = {key: value for key, value in options.items() if key in ("share", "pull")}
     config = MergeConfig(
         models=tuple(map(str, pair)),
@@ -98,11 +98,34 @@ def test_both_models_answers_are_kept_where_the_layers_have_room(tmp_path):
     """Fewer tokens than inputs of a layer, biases and norms shared: the outputs of both, each on its own text."""
     pair = save_pair(tmp_path, tiny.make_bert, parts=("dense.weight", "query.weight", "key.weight", "value.weight"))
     own, theirs = dataset(OWN, OWN), dataset(THEIRS)
-    out, _ = graft(pair, own, tmp_path, settings=CovarianceSettings(held_back=0), share=0.0, pull=0.0, others=theirs)
+    out, _ = graft(pair, own, tmp_path, settings=CovarianceSettings(held_back=0), share=0.0, pull=0.0, others=[theirs])
     apart = np.abs(hidden(pair[1], OWN) - hidden(pair[0], OWN)).max()
     assert apart > 0.1
     np.testing.assert_allclose(hidden(out, OWN), hidden(pair[0], OWN), atol=0.02 * apart)
     np.testing.assert_allclose(hidden(out, THEIRS), hidden(pair[1], THEIRS), atol=0.02 * apart)
+
+
+def test_three_models_answers_are_kept_where_the_layers_have_room(tmp_path):
+    """Two donors, each on its own text, and the order of the donors does not matter."""
+    linear = ("dense.weight", "query.weight", "key.weight", "value.weight")
+    recipient, first = save_pair(tmp_path / "one", tiny.make_bert, parts=linear)
+    second = save_pair(tmp_path / "two", tiny.make_bert, parts=linear, spread=-0.08)[1]
+    texts = ("cats and them", "who saw the mat", "how many there")
+    given = {"settings": CovarianceSettings(held_back=0), "share": 0.0, "pull": 0.0}
+    models = (recipient, first, second)
+    out, _ = graft(models, dataset(texts[0]), tmp_path, others=list(map(dataset, texts[1:])), **given)
+    for model, text in zip(models, texts, strict=True):
+        apart = np.abs(hidden(recipient, text) - hidden(first, text)).max()
+        np.testing.assert_allclose(hidden(out, text), hidden(model, text), atol=0.02 * apart)
+    turned, _ = graft(
+        models[:1] + models[:0:-1],
+        dataset(texts[0]),
+        tmp_path,
+        "turned",
+        others=list(map(dataset, texts[:0:-1])),
+        **given,
+    )
+    np.testing.assert_allclose(hidden(turned, *texts), hidden(out, *texts), atol=1e-3)
 
 
 def test_the_share_trades_the_recipients_answers_for_the_donors(tmp_path, bert):
@@ -117,7 +140,7 @@ def test_the_share_trades_the_recipients_answers_for_the_donors(tmp_path, bert):
 
 
 def test_equal_models_return_the_model(tmp_path, bert):
-    out, _ = graft((bert[0], bert[0]), dataset(OWN, THEIRS), tmp_path, share=0.7, others=dataset(THEIRS))
+    out, _ = graft((bert[0], bert[0]), dataset(OWN, THEIRS), tmp_path, share=0.7, others=[dataset(THEIRS)])
     with open_checkpoint(out) as merged, open_checkpoint(bert[0]) as recipient:
         for name in recipient.specs:
             np.testing.assert_array_equal(merged.read(name), recipient.read(name), err_msg=name)
@@ -133,7 +156,7 @@ def test_batches_and_padding_do_not_matter(tmp_path, bert):
     found = []
     for size in (1, 4, 32):
         files = tmp_path / f"{size}.own.safetensors", tmp_path / f"{size}.others.safetensors"
-        collect_sequentially(*bert, own, files, CovarianceSettings(batch_size=size, held_back=0))
+        collect_sequentially(bert[0], bert[1:], own, files, CovarianceSettings(batch_size=size, held_back=0))
         found.append({(i, *key): x for i, file in enumerate(files) for key, x in read_all(file).items()})
     for other in found[1:]:
         assert other.keys() == found[0].keys()
@@ -143,8 +166,8 @@ def test_batches_and_padding_do_not_matter(tmp_path, bert):
 
 def test_shares_are_weighted_by_trace(tmp_path, bert):
     files = tmp_path / "own.safetensors", tmp_path / "others.safetensors"
-    result = collect_sequentially(*bert, dataset(*tiny.draw_texts(9)), files, share=0.5)
-    assert (result.examples, result.held_back, result.files) == (7, 2, files)
+    result = collect_sequentially(bert[0], bert[1:], dataset(*tiny.draw_texts(9)), files, share=0.5)
+    assert (result.examples, result.held_back, result.files) == ((7, 7), 2, files)
     assert result.nbytes == sum(file.stat().st_size for file in files)
     for file, trace in zip(files, (1.0, 1.5), strict=True):
         with open_covariances(file) as opened:
@@ -171,7 +194,7 @@ def test_models_that_allow_none_are_told_apart(tmp_path, make, parts, message):
     before = sorted(p.name for p in tmp_path.iterdir())
     files = tmp_path / "own.safetensors", tmp_path / "others.safetensors"
     with pytest.raises(CannotStepError, match=message):
-        collect_sequentially(*pair, dataset(*tiny.draw_texts(9)), files)
+        collect_sequentially(pair[0], pair[1:], dataset(*tiny.draw_texts(9)), files)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -181,7 +204,7 @@ def test_images_alone_allow_none(tmp_path):
     np.savez(tmp_path / "images.npz", pixel_values=images)
     files = tmp_path / "own.safetensors", tmp_path / "others.safetensors"
     with pytest.raises(CannotStepError, match="embeddings of texts only"):
-        collect_sequentially(*pair, tmp_path / "images.npz", files)
+        collect_sequentially(pair[0], pair[1:], tmp_path / "images.npz", files)
 
 
 def test_experts_are_left_as_they_are_interpolated(tmp_path):
@@ -206,4 +229,4 @@ def test_other_uses_of_the_files_are_refused(tmp_path, bert):
         merge_checkpoints(MergeConfig(models=models, method="graft", covariances=paths[:1]), tmp_path / "ridge")
     assert not Path(tmp_path / "swapped").exists()
     with pytest.raises(RefusedError, match="is already there"):
-        collect_sequentially(*bert, dataset(OWN), files)
+        collect_sequentially(bert[0], bert[1:], dataset(OWN), files)

@@ -129,7 +129,13 @@ def test_a_soft_graft_where_a_sequential_one_cannot_be(rgsp, tmp_path):
     outcome = rgsp("graft", a, b, "--data", data, "--out", tmp_path / "o", "--share", "0.1", "--ridge", "1")
     assert outcome.code == 2 and "--share: for sequential grafts" in outcome.err
     assert sorted(p.name for p in tmp_path.iterdir()) == before
-    outcome = rgsp("graft", a, b, "--data", data, "--donor-data", data, "--out", tmp_path / "given")
+    outcome = rgsp("graft", a, b, b, "--data", data, "--out", tmp_path / "o", "--ridge", "1")
+    assert outcome.code == 2 and "several donors: for sequential grafts" in outcome.err
+    outcome = rgsp("graft", a, b, b, "--data", data, "--donor-data", data, "--out", tmp_path / "o")
+    assert outcome.code == 2 and "inputs of 1 donors are given for 2" in outcome.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    given = ("--donor-data", data, "--donor-data", data)
+    outcome = rgsp("graft", a, b, b, "--data", data, *given, "--out", tmp_path / "given")
     assert outcome.code == 0 and "by sequential_graft" in outcome.out
 
 

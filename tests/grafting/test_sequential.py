@@ -99,5 +99,5 @@ def test_a_system_that_overflows_keeps_the_interpolation():
     ],
 )
 def test_other_inputs_are_refused(inputs):
-    with pytest.raises(ValueError, match="drifts of two models"):
+    with pytest.raises(ValueError, match="drifts of every model"):
         sequential_graft(jnp.zeros((2, M, N)), inputs)
