@@ -16,8 +16,12 @@ Normalize = Annotated[bool, switch("divide by the coefficients that agree (disjo
 
 
 def trim(vectors: Float[Array, "k m n"], density: Any) -> Float[Array, "k m n"]:
-    """Every task vector with all but its largest entries set to zero, `floor(density * m n)` of them left."""
+    """Every task vector with all but its largest entries set to zero, `floor(density * m n)` of them left.
+
+    At least one is left at any density above 0: floor alone would set scalars and short vectors back to the base.
+    """
     count = entry_count(density, vectors[0].size, vectors.dtype)
+    count = jnp.maximum(count, (jnp.asarray(density, vectors.dtype) > 0).astype(count.dtype))
     return jax.vmap(lambda x: jnp.where(keep_largest(x, count), x, 0))(vectors)
 
 
@@ -63,7 +67,8 @@ def ties(
 
     The signs are elected by total mass; where it cancels exactly nothing is elected and the base stays, as the paper's
     formula has it (its code takes the sign of the majority). The paper trims the whole model at once, this every
-    tensor by itself, as merging tools that stream do; exactly `floor(density * m n)` entries are kept.
+    tensor by itself, as merging tools that stream do; exactly `floor(density * m n)` entries are kept, at least one at
+    a density above 0.
 
     Args:
         stack: K >= 1 models [K, m, n].
