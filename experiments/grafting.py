@@ -265,7 +265,7 @@ SERIES = (
     Series("soft ridge", (1, 3, 10), make_soft),
     Series("soft ridge, discrepancy rule", (0.2, 0.35, 0.5), make_discrepancy),
     Series("soft ridge, pseudo-input metric", (0.5, 1.5, 5), make_soft_pseudo),
-    Series("hard energy", (0.9, 0.99), make_hard),
+    Series("hard energy", (0.9,), make_hard),
     Series("RegMean, both inputs", (0.9,), make_regmean),
     Series("sequential, both inputs", (0.1,), make_sequential_both),
 )

@@ -21,7 +21,7 @@ from rgsp_jax.linalg.dense import matmul
 from rgsp_jax.method import Hyperparameter
 from rgsp_jax.types import InputStatistics, MergeOutput
 
-SHARE, PULL = 0.25, 0.02
+SHARE, PULL = 0.25, 0.2
 
 Share = Annotated[
     Any,
