@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 import references
+from merging import oracles
 from pipeline.toy_models import SHAPES, read_model, toy_family, write_family
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, merge_checkpoints, parse_config, read_config_file
@@ -26,6 +27,16 @@ def models(tmp_path_factory):
     rng = np.random.default_rng(0)
     family = [{name: rng.normal(size=(3, 4)).astype(np.float32) for name in NAMES} for _ in range(2)]
     return write_family(tmp_path_factory.mktemp("mergekit"), family, {"model_type": "toy", "num_hidden_layers": LAYERS})
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A base and two of its children."""
+    rng = np.random.default_rng(1)
+    base = {name: rng.normal(size=(3, 4)) for name in NAMES}
+    children = [{name: x + 0.3 * rng.normal(size=x.shape) for name, x in base.items()} for _ in range(2)]
+    models = [{name: x.astype(np.float32) for name, x in model.items()} for model in (base, *children)]
+    return write_family(tmp_path_factory.mktemp("family"), models, {"model_type": "toy", "num_hidden_layers": LAYERS})
 
 
 def read(tmp_path, fields):
@@ -194,6 +205,138 @@ def test_names_of_the_hub(tmp_path, models):
     assert read(tmp_path, fields).models == ("hf://some-owner/some.model", models[0])
 
 
+def on_base(method, family, **changes):
+    """A merge of the two children, the second at 0.4."""
+    models = [{"model": m, "parameters": {"weight": w}} for m, w in zip(family[1:], C, strict=True)]
+    return {"merge_method": method, "base_model": family[0], "models": models, "dtype": "float32"} | changes
+
+
+C = [1.0, 0.4]
+TRANSLATED = {
+    "task_arithmetic": ({}, {"coefficients": C, "scale": 1.0}),
+    "task_arithmetic with a density, which mergekit does not use": (
+        {"parameters": {"lambda": 0.7, "density": 0.2, "rescale": True, "int8_mask": True}},
+        {"coefficients": C, "scale": 0.7},
+    ),
+    "task_arithmetic, normalised": (
+        {"parameters": {"lambda": 0.7, "normalize": True}},
+        {"coefficients": C, "scale": 0.5},
+    ),
+    "ties": ({}, {"coefficients": C, "scale": 1.0, "density": 1.0, "normalize": True}),
+    "ties, summed": (
+        {"parameters": {"density": 0.3, "normalize": False, "lambda": 1.5}},
+        {"coefficients": C, "scale": 1.5, "density": 0.3, "normalize": False},
+    ),
+    "dare_linear": ({"parameters": {"density": 0.53}}, {"coefficients": C, "scale": 1.0, "drop_rate": 0.47}),
+    "dare_linear that keeps everything": ({}, {"coefficients": C, "scale": 1.0, "drop_rate": 0.0}),
+    "dare_linear, not rescaled": (
+        {"parameters": {"density": 0.5, "rescale": False, "normalize": True, "lambda": 0.7}},
+        {"coefficients": C, "scale": 0.25, "drop_rate": 0.5},
+    ),
+    "dare_ties": (
+        {"parameters": {"density": 0.25}},
+        {"coefficients": C, "scale": 1.0, "drop_rate": 0.75, "normalize": False},
+    ),
+    "dare_ties, normalised, not rescaled": (
+        {"parameters": {"density": 0.25, "normalize": True, "rescale": False}},
+        {"coefficients": C, "scale": 0.25, "drop_rate": 0.75, "normalize": True},
+    ),
+    "breadcrumbs": ({}, {"coefficients": C, "scale": 1.0, "density": 1.0, "gamma": 0.01}),
+    "breadcrumbs of a density past 1": (
+        {"parameters": {"density": 2, "gamma": 0.1, "normalize": True}},
+        {"coefficients": C, "scale": 1 / 1.4, "density": 1.0, "gamma": 0.1},
+    ),
+    "model_stock": ({"parameters": {"filter_wise": False}}, {}),
+}
+
+
+@pytest.mark.parametrize("case", TRANSLATED)
+def test_methods_on_a_base(tmp_path, family, case):
+    changes, expected = TRANSLATED[case]
+    fields = on_base(case.replace(",", " ").split()[0], family, **changes)
+    if fields["merge_method"] == "model_stock":
+        fields["models"] = [{"model": m} for m in family[1:]]
+    config = read(tmp_path, fields)
+    ours = {"dare_linear": "dare"}.get(fields["merge_method"], fields["merge_method"])
+    assert (config.method, config.base, config.models) == (ours, family[0], tuple(family[1:]))
+    assert config.hyperparameters.keys() == expected.keys() and config.dtype == "float32"
+    for name, value in expected.items():
+        assert config.hyperparameters[name] == pytest.approx(value), name
+
+
+def test_a_base_among_the_models_is_not_merged_and_models_have_parameters_of_their_own(tmp_path, family):
+    models = [{"model": m, "parameters": {"weight": w, "density": 0.6}} for m, w in zip(family[1:], C, strict=True)]
+    config = read(
+        tmp_path, on_base("ties", family, models=[{"model": family[0]}, *models], parameters={"density": 0.1})
+    )
+    assert config.models == tuple(family[1:])
+    assert (config.hyperparameters["density"], config.hyperparameters["coefficients"]) == (0.6, C)
+    common = on_base("task_arithmetic", family, models=[{"model": m} for m in family], parameters={"weight": 0.5})
+    assert read(tmp_path, common).hyperparameters["coefficients"] == [0.5, 0.5]
+
+
+def test_weights_that_cancel_are_not_divided_by(tmp_path, family):
+    models = [{"model": m, "parameters": {"weight": w}} for m, w in zip(family[1:], (1, -1), strict=True)]
+    config = read(tmp_path, on_base("task_arithmetic", family, models=models, parameters={"normalize": True}))
+    assert config.hyperparameters == {"coefficients": [1.0, -1.0], "scale": 1.0}
+
+
+def test_karcher_takes_the_base_as_one_model_more(tmp_path, family, plain_report):
+    fields = on_base("karcher", family, models=[{"model": m} for m in family[1:]], parameters={"max_iter": 60})
+    config = read(tmp_path, fields)
+    assert config.models == (*family[1:], family[0]) and config.base is None
+    result, models = merged(tmp_path, fields), [read_model(m) for m in family]
+    for name in NAMES:
+        expected = oracles.karcher(np.stack([m[name].astype(np.float64) for m in models]))
+        np.testing.assert_allclose(result[name], expected, atol=2e-6, err_msg=name)
+    listed = read(tmp_path, fields | {"models": [{"model": m} for m in family], "parameters": {"tol": 1e-6}})
+    assert (listed.models, listed.hyperparameters["iterations"]) == (tuple(family), 10)
+
+
+MERGED = {
+    "task_arithmetic": (
+        {"lambda": 0.7, "normalize": True},
+        lambda vectors: 0.7 / 1.4 * (vectors[0] + 0.4 * vectors[1]),
+    ),
+    "ties": (
+        {"lambda": 0.7, "density": 0.5},
+        lambda vectors: 0.7 * oracles.merge_by_sign(oracles.trim(vectors, 0.5), C),
+    ),
+    "breadcrumbs": (
+        {"lambda": 0.7, "density": 0.5, "gamma": 0.1, "normalize": True},
+        lambda vectors: oracles.breadcrumbs(np.reshape(C, (2, 1, 1)) * vectors, 0 * vectors[0], 0.5, 0.1, 0.7 / 1.4),
+    ),
+    "model_stock": ({}, lambda vectors: oracles.model_stock(vectors, 0 * vectors[0])),
+}
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_merges_on_a_base(tmp_path, family, plain_report, method):
+    parameters, expect = MERGED[method]
+    fields = on_base(method, family, parameters=parameters)
+    if method == "model_stock":
+        fields["models"] = [{"model": m} for m in family[1:]]
+    result, (base, *children) = merged(tmp_path, fields), [read_model(m) for m in family]
+    for name in NAMES:
+        origin = base[name].astype(np.float64)
+        expected = origin + expect(np.stack([child[name] - origin for child in children]))
+        np.testing.assert_allclose(result[name], expected, atol=2e-6, err_msg=name)
+
+
+def test_dropping_without_rescaling_keeps_entries_as_they_are(tmp_path, family, plain_report):
+    fields = on_base("dare_linear", family, parameters={"density": 0.4, "rescale": False})
+    result, (base, *children) = merged(tmp_path, fields), [read_model(m) for m in family]
+    kept = []
+    for name in NAMES:
+        first, second = (c * (x[name].astype(np.float64) - base[name]) for c, x in zip(C, children, strict=True))
+        sums = np.stack([base[name] + i * first + j * second for i in (0, 1) for j in (0, 1)])
+        distances = np.abs(sums - result[name])
+        np.testing.assert_allclose(distances.min(0), 0, atol=2e-6)
+        choice = distances.argmin(0)
+        kept += [*(choice // 2).ravel(), *(choice % 2).ravel()]
+    assert abs(np.mean(kept) - 0.4) < 4 * np.sqrt(0.24 / len(kept))
+
+
 def linear(paths, **changes):
     return {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in paths]} | changes
 
@@ -202,14 +345,81 @@ def slerp(paths, **changes):
     return {"merge_method": "slerp", "models": [{"model": m} for m in paths], "parameters": {"t": 0.5}} | changes
 
 
+def tasks(method, paths, **changes):
+    models = [{"model": paths[1], "parameters": {"weight": 1}}]
+    return {"merge_method": method, "base_model": paths[0], "models": models} | changes
+
+
 def sliced(models, *ranges):
     return [{"sources": [{"model": m, "layer_range": r} for m in models]} for r in ranges]
 
 
 REFUSED = {
     "method": (
-        lambda m: linear(m, merge_method="ties"),
-        "merge_method 'ties' has no counterpart here; there are linear, slerp",
+        lambda m: linear(m, merge_method="nuslerp"),
+        "merge_method 'nuslerp' has no counterpart here; there are linear, slerp, karcher, task_arithmetic, ties",
+    ),
+    "della": (
+        lambda m: tasks("della", m),
+        "merge_method 'della' has no counterpart here: mergekit restores each task vector's L1 norm",
+    ),
+    "della_linear": (lambda m: tasks("della_linear", m), "there is no `della` here that elects no signs"),
+    "breadcrumbs_ties": (lambda m: tasks("breadcrumbs_ties", m), "`breadcrumbs` here elects no signs"),
+    "no base": (lambda m: tasks("ties", m, base_model=None), "ties needs base_model, the common ancestor"),
+    "stock without base": (lambda m: tasks("model_stock", m, base_model=None, models=[{"model": m[1]}]), "needs base_"),
+    "base alone": (lambda m: tasks("ties", m, models=[{"model": m[0]}]), "models: name at least one model to merge"),
+    "no weight": (lambda m: tasks("ties", m, models=[{"model": m[1]}]), "ties: `weight` must be one number a model"),
+    "weight by layer": (
+        lambda m: tasks("breadcrumbs", m, parameters={"weight": [0, 1]}, models=[{"model": m[1]}]),
+        "breadcrumbs: `weight` must be one number a model; gradients and filters have no counterpart",
+    ),
+    "lambda by layer": (lambda m: tasks("ties", m, parameters={"lambda": [0, 1]}), "ties: `lambda` must be one number"),
+    "density behind filters": (
+        lambda m: tasks("ties", m, parameters={"density": [{"filter": "mlp", "value": 1}, {"value": 0.5}]}),
+        "ties: `density` must be one number; gradients and filters",
+    ),
+    "density by model": (
+        lambda m: tasks(
+            "dare_ties",
+            m,
+            models=[
+                {"model": x, "parameters": {"weight": 1, "density": d}} for x, d in ((m[1], 0.5), ("/elsewhere", 0.3))
+            ],
+        ),
+        "dare_ties: `density` must be the same for every model here, not 0.5, 0.3",
+    ),
+    "gamma of ties": (lambda m: tasks("ties", m, parameters={"gamma": 0.1}), "parameters: 'gamma' of ties has no"),
+    "epsilon of dare": (lambda m: tasks("dare_ties", m, parameters={"epsilon": 0.1}), "'epsilon' of dare_ties has no"),
+    "rescaled ties": (lambda m: tasks("ties", m, parameters={"rescale": True}), "ties: only rescale: false has a"),
+    "rescaled breadcrumbs": (
+        lambda m: tasks("breadcrumbs", m, parameters={"rescale": True}),
+        "breadcrumbs: only rescale: false has a counterpart",
+    ),
+    "odd flag": (
+        lambda m: tasks("ties", m, parameters={"normalize": "yes"}),
+        "ties: `normalize` must be true or false, not 'yes'",
+    ),
+    "flag of a model": (
+        lambda m: tasks("ties", m, models=[{"model": m[1], "parameters": {"weight": 1, "normalize": True}}]),
+        "'normalize' of ties has no counterpart",
+    ),
+    "negative density": (lambda m: tasks("ties", m, parameters={"density": -1}), "density of method 'ties' must be"),
+    "filter-wise": (
+        lambda m: tasks("model_stock", m, parameters={"filter_wise": True}, models=[{"model": m[1]}]),
+        "model_stock: only filter_wise: false has a counterpart here",
+    ),
+    "stock of one": (
+        lambda m: tasks("model_stock", m, models=[{"model": m[1]}]),
+        "method 'model_stock' takes 2 or more models, not 1",
+    ),
+    "karcher weights": (lambda m: linear(m, merge_method="karcher"), "'weight' of karcher has no counterpart"),
+    "karcher tolerance": (
+        lambda m: slerp(m, merge_method="karcher", parameters={"tol": 0.1}),
+        "karcher: tol must be at most 1e-5 here, where no step is left out, not 0.1",
+    ),
+    "karcher steps": (
+        lambda m: slerp(m, merge_method="karcher", parameters={"max_iter": 0}),
+        "iterations of method 'karcher' must be a whole number at least 1",
     ),
     "no method": (lambda m: linear(m, merge_method=["ties"]), "merge_method ['ties'] has no counterpart"),
     "setting": (lambda m: linear(m, allow_crimes=True), "mergekit setting 'allow_crimes' has no counterpart here"),
@@ -279,6 +489,15 @@ def test_everything_without_counterpart_is_named_at_once(tmp_path, models):
     with pytest.raises(RefusedError) as refusal:
         read(tmp_path, fields)
     for expected in ("'modules'", "'dtype_in'", "'lambda'", f"parameters of {models[1]}: 'density'"):
+        assert expected in str(refusal.value)
+
+
+def test_all_that_is_wrong_with_task_vectors_is_named_at_once(tmp_path, models):
+    wrong = {"lambda": [1], "density": "half", "rescale": True, "normalize": 1}
+    with pytest.raises(RefusedError) as refusal:
+        read(tmp_path, tasks("ties", models, parameters=wrong, models=[{"model": models[1]}]))
+    assert len(refusal.value.problems) == 5
+    for expected in ("`weight`", "`lambda`", "`density`", "rescale: false", "`normalize`"):
         assert expected in str(refusal.value)
 
 
