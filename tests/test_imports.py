@@ -20,6 +20,7 @@ PURE = (
     "rgsp",
     "merging",
     "grafting",
+    "similarity",
     "registry",
     "trees",
 )
@@ -36,15 +37,17 @@ ALLOWED = {
     "rgsp": FOUNDATION | {"batching", "linalg", "transport", "method"},
     "merging": FOUNDATION | {"batching", "linalg", "transport", "method"},
     "grafting": FOUNDATION | {"linalg", "transport", "method"},
+    "similarity": FOUNDATION | {"linalg"},
     "registry": {"method", "rgsp", "merging", "grafting"},
     "trees": {"method", "registry", "rules", "batching", "types"},
     "checkpoint": FOUNDATION,
     "models": FOUNDATION,
     "activations": set(PURE) | {"checkpoint", "models"},
     "pipeline": set(PURE) | {"checkpoint", "models"},
+    "comparison": set(PURE) | {"checkpoint", "pipeline"},
     "demo": set(PURE) | {"checkpoint", "models", "pipeline"},
     "sweep": set(PURE) | {"checkpoint", "pipeline"},
-    "cli": set(PURE) | {"checkpoint", "models", "activations", "pipeline", "demo", "sweep"},
+    "cli": set(PURE) | {"checkpoint", "models", "activations", "pipeline", "comparison", "demo", "sweep"},
 }
 PURE_PACKAGES = {"jax", "jaxtyping", "ott", "optax", "numpy", "rgsp_jax"}
 STANDARD = {

@@ -1,0 +1,62 @@
+"""`rgsp compare`."""
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from rgsp_jax.cli.covariances import progress_bar, read_size
+from rgsp_jax.cli.display import show
+from rgsp_jax.comparison import Comparison, compare_checkpoints, write_comparison
+
+COLOURS = {"good": "green", "check": "yellow", "serious": "red"}
+
+
+def format_number(value: float | None) -> str:
+    """Three digits, or a dash."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """The verdict, the pairs, what to do."""
+    console = Console()
+    for code, model in zip(comparison.codes, comparison.models, strict=True):
+        console.print(f"  {code}  {show(model.label)}", highlight=False, soft_wrap=True)
+    verdict = comparison.verdict
+    console.print(f"[bold {COLOURS[verdict.level]}]{show(verdict.headline)}[/]", highlight=False, soft_wrap=True)
+    for sentence in verdict.sentences:
+        console.print(show(sentence), highlight=False, soft_wrap=True)
+    table = Table(
+        "models", "relation", "rho", "cosine", "same sign", "overlap", "(chance)", "GW cost", "shared", "permuted"
+    )
+    for pair in verdict.pairs:
+        numbers = (pair.rho, pair.cosine, pair.sign_agreement, pair.overlap, pair.chance_overlap, pair.gw_cost)
+        names = "-".join(comparison.codes[i] for i in pair.models)
+        table.add_row(names, pair.relation, *map(format_number, (*numbers, pair.shared, pair.permuted)))
+    console.print(table)
+    for _, _, problem in comparison.differences:
+        console.print(f"[yellow]differs:[/] {show(problem)}", highlight=False, soft_wrap=True)
+    for sentence in verdict.advice:
+        console.print(f"[bold]do:[/] {show(sentence)}", highlight=False, soft_wrap=True)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("models", nargs=-1, metavar="MODEL MODEL...")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory for compare.html and compare.jsonl.")
+@click.option("--memory", default="1GB", show_default=True, help="Memory to take above the process's own.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+def compare(models: tuple[str, ...], out: Path | None, memory: str, as_json: bool) -> None:
+    """Say whether MODELs (two to eight, in any format that merges) share an ancestor and can be merged.
+
+    Needs no base and no data. rho is their distance as `relative` measures it: 0 the same, 1 independent. The exit code
+    is 0 whatever the verdict.
+    """
+    with progress_bar("tensors") as progress:
+        comparison = compare_checkpoints(models, out=out, memory=read_size(memory), progress=progress)
+    if out is not None:
+        write_comparison(comparison, out)
+    click.echo(json.dumps(comparison.summary(), indent=2)) if as_json else show_comparison(comparison)
+    if out is not None and not as_json:
+        Console().print(f"page {show(out / 'compare.html')}", highlight=False, soft_wrap=True)
