@@ -14,13 +14,15 @@ from pipeline.toy_models import toy_family, tree_bytes, write_family
 from rgsp_jax import __version__, cli, methods
 
 SLOWLY = """
+import signal
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells start their children without it
 from rgsp_jax.checkpoint import ShardWriter
 from rgsp_jax.pipeline import plan
 plan.ITEM_ELEMENTS = 160
 write = ShardWriter.write
 def slow_write(*args):
-    time.sleep(0.6)
+    time.sleep(0.3)
     return write(*args)
 ShardWriter.write = slow_write
 from rgsp_jax.cli import main
