@@ -7,7 +7,6 @@ permutation found elsewhere on an axis of that length: so the order of a residua
 whose rows are tokens, and carried from there into every layer, as weight matching would along a chain it was told of.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -112,11 +111,16 @@ def find_coordinates(
             if finding.state == "shared":
                 return finding
             findings.append(finding)
-    for axis in axes:
-        if axis != partial_axis and can_tell_apart(a.shape[axis], a.shape[1 - axis] / 2):
-            whole = partial_axis is None
-            for finding in try_permuted(a, b, int(axis), orders if whole else PairOrders(), level):
+    whole = partial_axis is None
+    for carried in (False, True) if whole else (False,):
+        for axis in axes:
+            if axis == partial_axis or not can_tell_apart(a.shape[axis], a.shape[1 - axis] / 2):
+                continue
+            known = orders.of_length(a.shape[1 - axis]) if carried else (None,)
+            for one in known:
+                finding = try_permuted(a, b, int(axis), one, level)
                 if finding.state == "permuted":
+                    remember(a, b, int(axis), one, orders)
                     return finding
                 findings.append(finding)
     return max(findings, key=lambda finding: finding.found / finding.tested) if findings else Finding("untestable")
@@ -135,29 +139,27 @@ def try_in_place(a: np.ndarray, b: np.ndarray, axis: int, level: float) -> Findi
     return Finding(state, AXES[axis], len(rows), found, agreement, matched, chance)
 
 
-def try_permuted(a: np.ndarray, b: np.ndarray, axis: int, orders: PairOrders, level: float) -> Iterator[Finding]:
-    """One axis matched with the other as it lies and in every known order: two halves of it must say the same."""
-    for known in (None, *orders.of_length(a.shape[1 - axis])):
-        gains, rows = _agree(a, b, axis, None if known is None else known.order)
-        halves = _assign(gains.even), _assign(gains.odd)
-        found = int(np.count_nonzero(halves[0] == halves[1]))
-        agreement = float((gains.even + gains.odd)[np.arange(len(rows)), rows].mean())
-        chance = chance_of_coincidences(found)
-        permuted = 2 * found >= len(rows) and chance < level
-        if permuted:
-            _remember(a, b, axis, known, orders)
-        state: State = "permuted" if permuted else "unlike"
-        matched = _held_out(gains, *halves)
-        yield Finding(state, AXES[axis], len(rows), found, agreement, matched, chance, known is not None)
+def try_permuted(a: np.ndarray, b: np.ndarray, axis: int, other: KnownOrder | None, level: float) -> Finding:
+    """One axis matched with the other as it lies, or in a known order: two halves of it must say the same."""
+    gains, rows = _agree(a, b, axis)
+    agreement = float((gains.even + gains.odd)[np.arange(len(rows)), rows].mean())
+    if other is not None:
+        gains, _ = _agree(a, b, axis, other.order)
+    halves = _assign(gains.even), _assign(gains.odd)
+    found = int(np.count_nonzero(halves[0] == halves[1]))
+    chance = chance_of_coincidences(found)
+    state: State = "permuted" if 2 * found >= len(rows) and chance < level else "unlike"
+    matched = _held_out(gains, *halves)
+    return Finding(state, AXES[axis], len(rows), found, agreement, matched, chance, other is not None)
 
 
-def _remember(a: np.ndarray, b: np.ndarray, axis: int, known: KnownOrder | None, orders: PairOrders) -> None:
-    """Keep the whole order of an axis, for the tensors that share it."""
-    if known is not None:
-        known.uses += 1
+def remember(a: np.ndarray, b: np.ndarray, axis: int, other: KnownOrder | None, orders: PairOrders) -> None:
+    """Keep the whole order of a permuted axis, for the tensors that share it."""
+    if other is not None:
+        other.uses += 1
     size = a.shape[axis]
     if size * size <= LARGEST_GAIN:
-        gains, _ = _agree(a, b, axis, None if known is None else known.order, size)
+        gains, _ = _agree(a, b, axis, None if other is None else other.order, size)
         order = _assign(gains.even + gains.odd)
         if np.any(order != np.arange(size)):
             orders.add(order)

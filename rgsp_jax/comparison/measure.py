@@ -24,8 +24,6 @@ MOST_DIRECTIONS = 64
 """`rgsp`'s default."""
 TOLERANCE = 1e-4
 """Residual of the singular triples: a report shows three digits."""
-GRAM_SIDE = 1024
-"""Up to this shorter side the eigenvectors of the Gram matrix, which need no iteration, are the quickest."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +185,7 @@ def factorise(w: np.ndarray, rank: int) -> TruncatedSVD:
     """Leading singular triples; wide matrices are turned, so that both shapes of an MLP share one compilation."""
     turned = w.shape[0] < w.shape[1]
     tall = jnp.asarray(np.ascontiguousarray(w.T) if turned else w)
-    algorithm = "gram" if tall.shape[1] <= GRAM_SIDE else "auto"
-    svd = truncated_svd(tall, rank, tolerance=TOLERANCE, algorithm=algorithm)
+    svd = truncated_svd(tall, rank, tolerance=TOLERANCE)
     return svd._replace(u=svd.v, v=svd.u) if turned else svd
 
 
