@@ -7,12 +7,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+DECIMALS = 10_000
+
 
 def entry_count(share: Any, size: int, dtype: Any) -> Int[Array, ""]:
-    """`floor(share * size)`, forgiving the rounding of a share such as 0.7 of 10."""
-    product = jnp.asarray(share, dtype) * size
-    slack = 4 * float(jnp.finfo(dtype).eps) * product
-    return jnp.clip(jnp.floor(product + slack), 0, size).astype(jnp.int32)
+    """`floor(share * size)`: exact for shares of at most four decimals, for others up to the rounding of the share.
+
+    The decimals are read back from the share as rounded to `dtype`, and the product is one of integers: in float32 the
+    rounding of 0.2 alone is worth entries in an embedding table, and 0.7 of 10 would be 6.
+    """
+    share, eps = jnp.clip(jnp.asarray(share, dtype), 0, 1), float(jnp.finfo(dtype).eps)
+    decimals = jnp.round(share * DECIMALS)
+    whole, rest = divmod(size, DECIMALS)
+    numerator = decimals.astype(jnp.int32)
+    exact = numerator * whole + numerator * rest // DECIMALS
+    product = share * size
+    rounded = jnp.minimum(jnp.floor(product + eps * product), jnp.ceil(product)).astype(jnp.int32)
+    is_decimal = jnp.abs(share * DECIMALS - decimals) <= eps * decimals
+    return jnp.clip(jnp.where(is_decimal, exact, rounded), 0, size)
 
 
 def keep_largest(x: Float[Array, "m n"], count: Int[Array, ""] | int) -> Bool[Array, "m n"]:

@@ -1,6 +1,8 @@
 """Our methods against results of mergekit and fusion_bench, recorded with the tensors they were run on."""
 
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import pytest
 
 from merging.problems import assert_close, merge
 from rgsp_jax import methods
+from rgsp_jax.merging.sparsity import entry_count
 from rgsp_jax.types import InputStatistics
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "agreement.json").read_text())
@@ -70,3 +73,16 @@ def test_trimming_leaves_small_tensors_an_entry():
     stack = np.array([[[0.1, -0.4, 0.2]], [[0.3, -0.2, 0.0]]])
     assert_close(merge("ties", stack, {"density": 0.2}, base=base)[0], [[0.3, -0.4, 0.0]], 1e-15)
     np.testing.assert_array_equal(merge("ties", stack, {"density": 0.0}, base=base)[0], base)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_counts_are_exact_at_the_size_of_embedding_tables(dtype):
+    """One entry more of a large tensor is past 1e-5 of its weights."""
+    for size in (1, 10, 768 * 768, 2048 * 2048, 4096 * 11008, 128256 * 8192):
+        shares = [Fraction(i, 100) for i in range(101)] + [Fraction(1, 10_000), Fraction(1237, 10_000)]
+        count = jax.jit(jax.vmap(lambda share, size=size: entry_count(share, size, dtype)))
+        got = count(jnp.asarray([float(share) for share in shares], dtype))
+        assert got.tolist() == [math.floor(share * size) for share in shares]
+    rng = np.random.default_rng(0)
+    for share in rng.uniform(size=20).astype(np.float32):
+        assert abs(int(entry_count(share, 768 * 768, dtype)) - math.floor(Fraction(float(share)) * 768 * 768)) <= 1
