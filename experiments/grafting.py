@@ -261,7 +261,7 @@ def as_dataset(texts: Sequence[str]) -> Dataset:
 
 SERIES = (
     Series(INTERPOLATION, tuple(round(0.1 * i, 1) for i in range(11)), make_interpolation, seeded=False),
-    Series(SEQUENTIAL, (0.0, 0.1, 0.25, 0.6), make_sequential),
+    Series(SEQUENTIAL, (0.0, 0.1, 0.25, 0.6, 1.5), make_sequential),
     Series("soft ridge", (1, 3, 10), make_soft),
     Series("soft ridge, discrepancy rule", (0.2, 0.35, 0.5), make_discrepancy),
     Series("soft ridge, pseudo-input metric", (0.5, 1.5, 5), make_soft_pseudo),
