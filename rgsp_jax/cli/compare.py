@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -14,9 +15,9 @@ from rgsp_jax.comparison import Comparison, compare_checkpoints, write_compariso
 COLOURS = {"good": "green", "check": "yellow", "serious": "red"}
 
 
-def format_number(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "-" if value is None else f"{value:.3g}"
+def format_number(value: float | None, digits: str) -> str:
+    """The number, or a dash."""
+    return "-" if value is None else f"{value:{digits}}"
 
 
 def show_comparison(comparison: Comparison) -> None:
@@ -28,13 +29,13 @@ def show_comparison(comparison: Comparison) -> None:
     console.print(f"[bold {COLOURS[verdict.level]}]{show(verdict.headline)}[/]", highlight=False, soft_wrap=True)
     for sentence in verdict.sentences:
         console.print(show(sentence), highlight=False, soft_wrap=True)
-    table = Table(
-        "models", "relation", "rho", "cosine", "same sign", "overlap", "(chance)", "GW cost", "shared", "permuted"
-    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in ("pair", "relation", "rho", "cosine", "signs", "overlap", "GW", "shared", "permuted"):
+        table.add_column(heading, no_wrap=True)
     for pair in verdict.pairs:
-        numbers = (pair.rho, pair.cosine, pair.sign_agreement, pair.overlap, pair.chance_overlap, pair.gw_cost)
-        names = "-".join(comparison.codes[i] for i in pair.models)
-        table.add_row(names, pair.relation, *map(format_number, (*numbers, pair.shared, pair.permuted)))
+        shares = (pair.sign_agreement, pair.overlap, pair.gw_cost, pair.shared, pair.permuted)
+        numbers = [format_number(pair.rho, ".3g"), *(format_number(x, ".3f") for x in (pair.cosine, *shares))]
+        table.add_row("-".join(comparison.codes[i] for i in pair.models), pair.relation, *numbers)
     console.print(table)
     for _, _, problem in comparison.differences:
         console.print(f"[yellow]differs:[/] {show(problem)}", highlight=False, soft_wrap=True)

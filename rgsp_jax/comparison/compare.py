@@ -11,7 +11,7 @@ from typing import Any
 from rgsp_jax.checkpoint import Checkpoint, check_output, find_problems, open_checkpoint
 from rgsp_jax.comparison.answer import judge
 from rgsp_jax.comparison.coordinates import MOST_TESTS, PairOrders
-from rgsp_jax.comparison.measure import TensorMeasures, find_again, measure_tensor
+from rgsp_jax.comparison.measure import TensorMeasures, find_again, is_open, measure_tensor
 from rgsp_jax.comparison.tensors import BLOCK, CommonTensor, find_common
 from rgsp_jax.comparison.verdict import Verdict
 from rgsp_jax.errors import RefusedError
@@ -130,12 +130,12 @@ def measure_all(
         tensors.append(measure_tensor(checkpoints, tensor, orders, level, memory))
         if progress:
             progress(done, len(common))
-    seen = 0
-    while (known := sum(one.count for one in orders.values())) > seen:
-        seen = known
+    seen = dict.fromkeys(orders, 0)
+    while grown := {pair for pair, one in orders.items() if one.count > seen[pair]}:
+        seen = {pair: one.count for pair, one in orders.items()}
         for i, tensor in enumerate(common):
-            if any(pair.coordinates and pair.coordinates.state == "unlike" for pair in tensors[i].pairs):
-                tensors[i] = find_again(checkpoints, tensor, tensors[i], orders, level, memory)
+            if any(is_open(pair) and pair.models in grown for pair in tensors[i].pairs):
+                tensors[i] = find_again(checkpoints, tensor, tensors[i], {p: orders[p] for p in grown}, level, memory)
     return tensors
 
 

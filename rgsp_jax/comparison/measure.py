@@ -124,7 +124,7 @@ def find_again(
     level: float,
     memory: int,
 ) -> TensorMeasures:
-    """The coordinates of pairs that nothing was found for, now that more permutations are known."""
+    """The coordinates of pairs in `orders` that nothing was found for, now that more permutations are known."""
     found = []
     for stack in read_matrices(checkpoints, tensor, memory):
         found.append(replace(measures, pairs=tuple(find_pairs(stack, measures, orders, level))))
@@ -138,13 +138,17 @@ def find_pairs(
     place = {model: k for k, model in enumerate(measures.models)}
     for pair in measures.pairs:
         i, j = pair.models
-        known = pair.coordinates is not None and pair.coordinates.state != "unlike"
-        if pair.equal or known:
+        if pair.equal or pair.models not in orders or not (pair.coordinates is None or is_open(pair)):
             yield pair
             continue
         a, b = stack.matrices[place[i]], stack.matrices[place[j]]
         finding = find_coordinates(a, b, orders[pair.models], level, stack.partial_axis)
         yield replace(pair, coordinates=finding)
+
+
+def is_open(pair: PairMeasures) -> bool:
+    """True where the matrices could be tested and nothing was found."""
+    return pair.coordinates is not None and pair.coordinates.state == "unlike"
 
 
 def measure_matrices(

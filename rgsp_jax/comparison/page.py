@@ -7,8 +7,8 @@ from markupsafe import Markup
 
 from rgsp_jax.comparison.compare import LEVEL, Comparison
 from rgsp_jax.comparison.coordinates import needed_coincidences
-from rgsp_jax.comparison.measure import PairMeasures, TensorMeasures
-from rgsp_jax.comparison.verdict import WORDS, mean_of
+from rgsp_jax.comparison.measure import PairMeasures
+from rgsp_jax.comparison.verdict import SHORT_WORDS, mean_of
 from rgsp_jax.pipeline.plots import Line, draw_heat_map, draw_lines, find_limits
 from rgsp_jax.pipeline.report import load_templates, make_encodable
 from rgsp_jax.pipeline.tensor_rows import (
@@ -66,12 +66,12 @@ def render_page(comparison: Comparison) -> str:
     view = {
         "comparison": comparison,
         "verdict": comparison.verdict,
-        "words": WORDS,
+        "words": SHORT_WORDS,
         "axis": axis,
         "drawn": drawn,
         "names": ["\u2013".join(comparison.codes[i] for i in pair.models) for pair in comparison.verdict.pairs],
         "distances": draw_distances(comparison, axis),
-        "coordinates": draw_coordinates(comparison, axis),
+        "coordinates": draw_coordinates(comparison),
         "panels": draw_panels(comparison, axis, [comparison.verdict.pairs[p].models for p in drawn]),
         "maps": draw_model_maps(comparison),
         "needed": needed_coincidences(comparison.level),
@@ -123,35 +123,53 @@ def draw_distances(comparison: Comparison, axis: LayerAxis) -> list[tuple[str, M
     return panels
 
 
-def draw_coordinates(comparison: Comparison, axis: LayerAxis) -> list[tuple[str, Markup]]:
-    """Heat maps by layer and kind: agreement of rows as they lie and after matching, of the pair least alike."""
-    found: dict[tuple[Location, str], list[TensorMeasures]] = {}
-    for tensor in comparison.tensors:
-        place = locate(tensor.name)
-        if (
-            place is not None
-            and any(read_agreement(pair) is not None for pair in tensor.pairs)
-            and tensor.rule == "matrix"
-        ):
-            found.setdefault((place, name_module_kind(tensor.name, tensor.shape)), []).append(tensor)
-    if not found:
-        return []
-    places = sorted({place for place, _ in found}, key=order_location)
-    kinds = [kind for kind in KIND_ORDER if any(kind == one for _, one in found)]
-    breaks = LayerAxis(tuple(places)).breaks
-    maps = []
-    for name, title, read in (("lie", "As they lie", read_agreement), ("matched", "After matching", read_matched)):
-        values = [[lowest(found.get((place, kind), ()), read) for kind in kinds] for place in places]
-        rows = [str(place.layer) for place in places]
-        label = f"Agreement of rows by layer and kind of module, {title.lower()}"
-        picture = draw_heat_map(name, values, rows, kinds, label=label, highest=1.0, breaks=breaks, slanted=True)
-        maps.append((title, picture))
+def draw_coordinates(comparison: Comparison) -> list[list[tuple[str, Markup]]]:
+    """Heat maps by layer and kind, of one pair of every relation: agreement of rows as they lie and after matching."""
+    maps: list[list[tuple[str, Markup]]] = []
+    for p in choose_examples(comparison):
+        models = comparison.verdict.pairs[p].models
+        found: dict[tuple[Location, str], list[PairMeasures]] = {}
+        for tensor in comparison.tensors:
+            place = locate(tensor.name)
+            for pair in tensor.pairs:
+                if place is not None and tensor.rule == "matrix" and pair.models == models:
+                    found.setdefault((place, name_module_kind(tensor.name, tensor.shape)), []).append(pair)
+        places = sorted({place for place, _ in found}, key=order_location)
+        kinds = [kind for kind in KIND_ORDER if any(kind == one for _, one in found)]
+        if not found:
+            continue
+        pair_name = "\u2013".join(comparison.codes[i] for i in models)
+        maps.append([])
+        for name, title, read in (("lie", "as they lie", read_agreement), ("matched", "after matching", read_matched)):
+            values = [[lowest(found.get((place, kind), ()), read) for kind in kinds] for place in places]
+            picture = draw_heat_map(
+                f"{name}{p}",
+                values,
+                [str(place.layer) for place in places],
+                kinds,
+                label=f"{pair_name}: agreement of rows by layer and kind of module, {title}",
+                highest=1.0,
+                breaks=LayerAxis(tuple(places)).breaks,
+                slanted=True,
+            )
+            maps[-1].append((f"{pair_name} {title}", picture))
     return maps
 
 
-def lowest(tensors: Sequence[TensorMeasures], read: ReadPair) -> float | None:
-    """Of all pairs, the lowest number."""
-    values = [value for tensor in tensors for pair in tensor.pairs if (value := read(pair)) is not None]
+def choose_examples(comparison: Comparison) -> list[int]:
+    """Indices of pairs: of every relation the pair that is least alike."""
+    found: dict[str, int] = {}
+    pairs = comparison.verdict.pairs
+    for p, pair in enumerate(pairs):
+        best = found.setdefault(pair.relation, p)
+        if (pair.rho or 0.0) > (pairs[best].rho or 0.0):
+            found[pair.relation] = p
+    return list(found.values())
+
+
+def lowest(pairs: Sequence[PairMeasures], read: ReadPair) -> float | None:
+    """Of all tensors of a kind in a layer, the lowest number."""
+    values = [value for pair in pairs if (value := read(pair)) is not None]
     return max(0.0, min(values)) if values else None
 
 
@@ -188,8 +206,8 @@ def draw_model_maps(comparison: Comparison) -> list[tuple[str, Markup]]:
     maps = []
     numbers = (
         ("shared", "Coordinates shared", lambda pair: pair.shared),
+        ("related", "Shared or permuted", lambda pair: None if pair.shared is None else pair.shared + pair.permuted),
         ("overlap", "Leading directions shared", lambda pair: pair.overlap),
-        ("cosine", "Cosine of the weights", lambda pair: None if pair.cosine is None else max(0.0, pair.cosine)),
     )
     for name, title, read in numbers:
         values: list[list[float | None]] = [[1.0 if i == j else None for j in range(count)] for i in range(count)]

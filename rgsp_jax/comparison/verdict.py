@@ -20,6 +20,7 @@ from rgsp_jax.comparison.measure import PairMeasures, TensorMeasures, divide
 from rgsp_jax.rgsp.relative import automatic_scale
 
 Relation = Literal["same", "rounded", "siblings", "permuted", "unrelated", "architectures", "unknown"]
+Level = Literal["good", "check", "serious"]
 MERGEABLE: frozenset[str] = frozenset({"same", "rounded", "siblings"})
 WORDS: Mapping[str, str] = {
     "same": "the same model",
@@ -28,6 +29,15 @@ WORDS: Mapping[str, str] = {
     "permuted": "one model or siblings, but with neurons in another order",
     "unrelated": "unrelated",
     "architectures": "of different architectures",
+    "unknown": "too small to tell",
+}
+SHORT_WORDS: Mapping[str, str] = {
+    "same": "the same",
+    "rounded": "the same, rounded",
+    "siblings": "siblings",
+    "permuted": "permuted",
+    "unrelated": "unrelated",
+    "architectures": "architectures differ",
     "unknown": "too small to tell",
 }
 MEASURED_RHO = (0.0075, 0.161)
@@ -65,7 +75,7 @@ class PairVerdict:
 class Verdict:
     """The answer."""
 
-    level: Literal["good", "check", "serious"]
+    level: Level
     headline: str
     sentences: tuple[str, ...]
     advice: tuple[str, ...]
