@@ -7,8 +7,8 @@ from rgsp_jax.comparison.measure import TensorMeasures
 from rgsp_jax.comparison.verdict import (
     MEASURED_RHO,
     WORDS,
-    PairVerdict,
     Level,
+    PairVerdict,
     Relation,
     Verdict,
     find_families,

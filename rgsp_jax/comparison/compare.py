@@ -8,11 +8,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rgsp_jax.checkpoint import Checkpoint, check_output, find_problems, open_checkpoint
+from rgsp_jax.checkpoint import Checkpoint, check_output, find_problems, format_bytes, open_checkpoint
 from rgsp_jax.comparison.answer import judge
 from rgsp_jax.comparison.coordinates import MOST_TESTS, PairOrders
 from rgsp_jax.comparison.measure import TensorMeasures, find_again, is_open, measure_tensor
-from rgsp_jax.comparison.tensors import BLOCK, CommonTensor, find_common
+from rgsp_jax.comparison.tensors import OVERHEAD, CommonTensor, find_common
 from rgsp_jax.comparison.verdict import Verdict
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.overview import describe_parent, versions
@@ -20,6 +20,7 @@ from rgsp_jax.pipeline.report import Parent, name_parents
 from rgsp_jax.rules import BUFFER_NAMES
 
 MOST_MODELS = 8
+LEAST_MEMORY = OVERHEAD + 50_000_000
 LEVEL = 1e-3
 """Probability that independently trained models pass for relatives in any of a comparison's tests."""
 OnTensor = Callable[[int, int], None]
@@ -110,9 +111,8 @@ def check_request(models: Sequence[str | Path], memory: int) -> list[str]:
         problems.append(f"name two to {MOST_MODELS} models to compare, not {len(models)}")
     if len(models) > MOST_MODELS:
         problems.append(f"at most {MOST_MODELS} models are compared at once, not {len(models)}")
-    least = 8 * BLOCK * max(2, len(models))
-    if memory < least:
-        problems.append(f"--memory: comparing {len(models)} models takes at least {least / 1e6:.0f}MB")
+    if memory < LEAST_MEMORY:
+        problems.append(f"--memory: comparing takes at least {format_bytes(LEAST_MEMORY)}, not {format_bytes(memory)}")
     return problems
 
 

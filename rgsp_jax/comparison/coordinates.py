@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from rgsp_jax.comparison.tensors import spread
 from rgsp_jax.similarity import can_tell_apart, chance_of_coincidences, compare_rows
 
 State = Literal["shared", "permuted", "unlike", "untestable"]
@@ -170,7 +171,7 @@ def _agree(
 ) -> tuple[Halves, np.ndarray]:
     """Cosines of evenly spread rows of an axis with all of the other model's, and which rows these are."""
     size = a.shape[axis]
-    rows = np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.int32))
+    rows = spread(size, most).astype(np.int32)
     if axis == 1:
         a, b = a.T, b.T
     gains = _compare_rows(a, b, rows, None if columns is None else columns.astype(np.int32))

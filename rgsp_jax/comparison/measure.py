@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from rgsp_jax.checkpoint import Checkpoint
 from rgsp_jax.comparison.coordinates import Finding, PairOrders, find_coordinates
-from rgsp_jax.comparison.tensors import CommonTensor, MatrixStack, read_chunks, read_matrices
+from rgsp_jax.comparison.tensors import CommonTensor, MatrixStack, read_chunks, read_matrices, spread
 from rgsp_jax.linalg import resolve_rank, truncated_svd
 from rgsp_jax.rgsp.pairwise import relative_task_vector
 from rgsp_jax.similarity import SubspaceAngles, compare_subspaces, share_basis, sum_elements
@@ -22,6 +22,8 @@ RANK = 0.05
 """Directions of a matrix that are compared, as a fraction of min(m, n): `relative`'s default."""
 MOST_DIRECTIONS = 64
 """`rgsp`'s default."""
+MOST_SIDE = 1536
+"""Of a longer axis only so many evenly spread places are factorised: a flat spectrum costs a full SVD."""
 TOLERANCE = 1e-4
 """Residual of the singular triples: a report shows three digits."""
 
@@ -70,8 +72,10 @@ class TensorMeasures:
     rank: int | None = None
     chance_overlap: tuple[float, float] | None = None
     """Left and right overlap of independent subspaces of this rank."""
+    factorised: tuple[int, int] | None = None
+    """Rows and columns, evenly spread, whose subspaces are compared."""
     partial: bool = False
-    """Subspaces and coordinates are of evenly spread rows, for want of memory."""
+    """Coordinates are of evenly spread places of one axis, for want of memory."""
     pairs: tuple[PairMeasures, ...] = ()
 
     def record(self) -> dict[str, Any]:
@@ -163,9 +167,11 @@ def measure_matrices(
     partial = stack.partial_axis is not None
     if tensor.rule.kind != "matrix":
         return replace(measures, pairs=tuple(pairs), partial=partial)
-    m, n = stack.matrices[0].shape
+    places = np.ix_(*(spread(side, MOST_SIDE) for side in stack.matrices[0].shape))
+    matrices = [x[places] if max(x.shape) > MOST_SIDE else x for x in stack.matrices]
+    m, n = matrices[0].shape
     rank = min(resolve_rank(RANK, m, n), MOST_DIRECTIONS)
-    svds = [factorise(x, rank) for x in stack.matrices]
+    svds = [factorise(x, rank) for x in matrices]
     place = {model: k for k, model in enumerate(measures.models)}
     for p, pair in enumerate(pairs):
         a, b = (svds[place[model]] for model in pair.models)
@@ -182,7 +188,7 @@ def measure_matrices(
             gw_converged=bool(converged),
         )
     chance = (rank / m, rank / n)
-    return replace(measures, pairs=tuple(pairs), partial=partial, rank=rank, chance_overlap=chance)
+    return replace(measures, pairs=tuple(pairs), partial=partial, rank=rank, chance_overlap=chance, factorised=(m, n))
 
 
 def factorise(w: np.ndarray, rank: int) -> TruncatedSVD:

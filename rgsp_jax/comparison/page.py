@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from rgsp_jax.comparison.compare import LEVEL, Comparison
 from rgsp_jax.comparison.coordinates import needed_coincidences
-from rgsp_jax.comparison.measure import PairMeasures
+from rgsp_jax.comparison.measure import MOST_DIRECTIONS, MOST_SIDE, RANK, PairMeasures
 from rgsp_jax.comparison.verdict import SHORT_WORDS, mean_of
 from rgsp_jax.pipeline.plots import Line, draw_heat_map, draw_lines, find_limits
 from rgsp_jax.pipeline.report import load_templates, make_encodable
@@ -76,6 +76,9 @@ def render_page(comparison: Comparison) -> str:
         "maps": draw_model_maps(comparison),
         "needed": needed_coincidences(comparison.level),
         "level": LEVEL,
+        "rank_share": RANK,
+        "most_directions": MOST_DIRECTIONS,
+        "most_side": MOST_SIDE,
         "table": tabulate(comparison),
         "rules": sorted({tensor.rule for tensor in comparison.tensors}),
         "partial": sum(tensor.partial for tensor in comparison.tensors),

@@ -11,7 +11,9 @@ from rgsp_jax.rules import MatrixView, TensorRule, classify
 CHUNK = (64, 4096)
 """Rows and width of what is summed at once; the rows are added up in float64."""
 BLOCK = 16 * CHUNK[0] * CHUNK[1]
-"""Elements of each model read at once where a tensor is only summed."""
+"""Elements of all models together read at once where a tensor is only summed."""
+OVERHEAD = 350_000_000
+"""Bytes for what does not grow with the matrices: compiled kernels and blocks."""
 WORKING_COPIES = 8
 """Copies of one matrix that its factorisation or matching makes at most, besides one of every model."""
 MOST_SLICES = 4
@@ -76,6 +78,11 @@ def find_common(checkpoints: Sequence[Checkpoint]) -> list[CommonTensor]:
     return found
 
 
+def spread(size: int, most: int) -> np.ndarray:
+    """Indices of at most `most` evenly spread places out of `size`, the first and the last among them."""
+    return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.int64))
+
+
 def compute_type(tensor: CommonTensor) -> np.dtype:
     """float64 where a model has it, else float32."""
     return np.dtype(np.float64 if "float64" in tensor.dtypes else np.float32)
@@ -92,8 +99,9 @@ def read_block(checkpoints: Sequence[Checkpoint], tensor: CommonTensor, start: i
 def read_chunks(checkpoints: Sequence[Checkpoint], tensor: CommonTensor) -> Iterator[np.ndarray]:
     """The whole tensor of every model as [k, *CHUNK], the last padded with zeros."""
     elements = CHUNK[0] * CHUNK[1]
-    for start in range(0, tensor.size, BLOCK):
-        count = min(BLOCK, tensor.size - start)
+    step = max(1, BLOCK // len(tensor.models) // elements) * elements
+    for start in range(0, tensor.size, step):
+        count = min(step, tensor.size - start)
         whole = -(-count // elements) * elements
         block = np.zeros((len(tensor.models), whole), compute_type(tensor))
         for row, x in zip(block, read_block(checkpoints, tensor, start, count), strict=True):
@@ -111,11 +119,11 @@ def read_matrices(checkpoints: Sequence[Checkpoint], tensor: CommonTensor, memor
     one = view.slice_view
     length, inner = one.shape[0], int(np.prod(one.shape[1:], dtype=np.int64))
     per_place = compute_type(tensor).itemsize * inner * (len(tensor.models) + WORKING_COPIES)
-    fitting = min(length, max(1, memory // per_place))
+    fitting = min(length, max(1, (memory - OVERHEAD) // per_place))
     partial_axis = None if fitting == length else int(0 not in one.outputs)
-    places = np.unique(np.linspace(0, length - 1, fitting).round().astype(np.int64))
+    places = spread(length, fitting)
     part = replace(one, shape=(len(places), *one.shape[1:]))
-    for index in np.unique(np.linspace(0, slices - 1, min(slices, MOST_SLICES)).round().astype(int)):
+    for index in spread(slices, MOST_SLICES):
         offset = int(index) * length * inner
         if partial_axis is None:
             flat = list(read_block(checkpoints, tensor, offset, length * inner))

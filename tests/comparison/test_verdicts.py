@@ -157,9 +157,10 @@ def test_numbers_that_are_none(compare):
 
 
 def test_little_memory_compares_part_of_the_rows(tmp_path, monkeypatch):
-    from rgsp_jax.comparison import compare
+    from rgsp_jax.comparison import compare, tensors
 
-    monkeypatch.setattr(compare, "BLOCK", 1000)  # what is refused as too little
+    monkeypatch.setattr(compare, "LEAST_MEMORY", 0)  # far below what compiled kernels take
+    monkeypatch.setattr(tensors, "OVERHEAD", 0)
     models = [as_float32(fine_tune(BASE, seed, 0.02)) for seed in range(2)] + [as_float32(ancestor(3))]
     paths = [write_model(tmp_path / "abc"[i], model) for i, model in enumerate(models)]
     few = compare.compare_checkpoints(paths, memory=45_000)
