@@ -101,6 +101,7 @@ def describe_pairs(codes: Sequence[str], pairs: Sequence[PairVerdict], far: int 
     for relation in sorted(groups, key=list(WORDS).index):
         group = groups[relation]
         names = join_words([f"{codes[i]}\u2013{codes[j]}" for i, j in (pair.models for pair in group)])
+        names = "All pairs" if len(group) == len(pairs) > 1 else names
         sentences.append(f"{names}: {WORDS[relation]}{explain(group)}.")
     if far is not None:
         sentences.append(f"{codes[far]} is the odd one out: far from all others, which are close to each other.")

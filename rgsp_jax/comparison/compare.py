@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+from threadpoolctl import threadpool_limits
 
 from rgsp_jax.checkpoint import Checkpoint, check_output, find_problems, format_bytes, open_checkpoint
 from rgsp_jax.comparison.answer import judge
@@ -87,7 +89,9 @@ def compare_checkpoints(
         pairs = list(combinations(range(len(models)), 2))
         matrices = sum(tensor.view is not None for tensor in common)
         level = LEVEL / max(1, matrices * len(pairs) * MOST_TESTS)
-        tensors = measure_all(checkpoints, common, level, memory, progress)
+        # Factorisations are small, and LAPACK's threads spin while they wait: many times the work where others run too.
+        with threadpool_limits(1, user_api="blas"):
+            tensors = measure_all(checkpoints, common, level, memory, progress)
         differences = [(i, j, problem) for i, j in pairs for problem in find_problems([checkpoints[i], checkpoints[j]])]
         codes = name_parents(len(models))
         parameters = [count_parameters(checkpoint) for checkpoint in checkpoints]
@@ -150,7 +154,7 @@ def count_parameters(checkpoint: Checkpoint) -> int:
 
 def describe(label: str, checkpoint: Checkpoint) -> Parent:
     """The model, without the hashes of its files, which would take as long as the comparison."""
-    return describe_parent(label, checkpoint, [""] * len(checkpoint.weight_files))
+    return replace(describe_parent(label, checkpoint, [""] * len(checkpoint.weight_files)), files=())
 
 
 def write_comparison(comparison: Comparison, out: Path) -> None:
