@@ -12,6 +12,7 @@ from rgsp_jax.cli.covariances import progress_bar, read_size
 from rgsp_jax.cli.display import show
 from rgsp_jax.comparison import Comparison, compare_checkpoints, write_comparison
 
+NAMED = 10
 COLOURS = {"good": "green", "check": "yellow", "serious": "red"}
 
 
@@ -37,8 +38,10 @@ def show_comparison(comparison: Comparison) -> None:
         numbers = [format_number(pair.rho, ".3g"), *(format_number(x, ".3f") for x in (pair.cosine, *shares))]
         table.add_row("-".join(comparison.codes[i] for i in pair.models), pair.relation, *numbers)
     console.print(table)
-    for _, _, problem in comparison.differences:
+    for _, _, problem in comparison.differences[:NAMED]:
         console.print(f"[yellow]differs:[/] {show(problem)}", highlight=False, soft_wrap=True)
+    if more := len(comparison.differences[NAMED:]):
+        console.print(f"[yellow]differs:[/] and {more} more, all in --json and --out", highlight=False)
     for sentence in verdict.advice:
         console.print(f"[bold]do:[/] {show(sentence)}", highlight=False, soft_wrap=True)
 

@@ -112,8 +112,8 @@ def explain(group: Sequence[PairVerdict]) -> str:
     """The evidence for a relation in half a sentence, over the pairs that have it."""
     relation = group[0].relation
     if relation == "architectures":
-        coverage = format_percent(max(pair.coverage for pair in group))
-        return f"; at most {coverage} of the parameters have a counterpart of equal name and shape"
+        coverage = describe_share(max(pair.coverage for pair in group), "at most")
+        return f", {coverage} of the parameters have a counterpart of equal name and shape"
     if relation in ("same", "unknown"):
         return ""
     parts = []

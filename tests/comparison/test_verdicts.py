@@ -202,3 +202,13 @@ def test_equal_runs_write_equal_files(compare, tmp_path):
     page = written[0]["compare.html"].decode()
     assert page.count("<svg") >= 10 and "A and B can be merged" in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_the_page_of_models_that_differ_lists_how(compare, tmp_path):
+    other = {f"block.{name}": x for name, x in as_float32(ancestor(1)).items()}
+    comparison = compare(as_float32(BASE), other)
+    write_comparison(comparison, tmp_path / "out")
+    page = (tmp_path / "out/compare.html").read_text()
+    assert len(comparison.differences) > 10 and f"{len(comparison.differences) - 10} more</summary>" in page
+    assert page.count("lacks tensor") + page.count("has tensor") >= len(comparison.differences)
+    assert "none of the parameters" in page and (tmp_path / "out/compare.jsonl").read_text() == ""
