@@ -6,6 +6,7 @@ any permutation as any other, whatever the weights look like, and the number of 
 of the fixed points of a random permutation (Montmort's matching problem): Poisson with mean 1, to 2^m / m! or better.
 The same law holds for the number of rows that two matchings, found from disjoint sets of columns that have nothing to
 do with each other, send to the same place. So a dozen coincidences settle the matter, whatever the kind of model.
+`pytest tests/similarity -k chance` counts and measures it, on independent matrices with heavy tails and uneven rows.
 """
 
 import math
