@@ -177,6 +177,8 @@ def make_discrepancy(bench: Bench, recipient: str, donor: str, knob: float, seed
                 values, basis = np.linalg.eigh(file.read(site.name, "covariance").astype(np.float64))
                 for name in site.weights:
                     along = np.sum(((np.float64(theirs[name]) - ours[name]) @ basis) ** 2, axis=0)
+                    if not along.any():  # a pooler that no task trained
+                        continue
                     ridge = find_ridge(np.maximum(values, 0), along, knob)
                     overrides.append(Override(pattern=name, hyperparameters={"ridge": ridge}))
     merge(bench, "graft", (recipient, donor), {}, (path,), out, tuple(overrides))

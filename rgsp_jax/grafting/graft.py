@@ -55,13 +55,14 @@ def ridge_graft(
     Args:
       recipient, donor: A and B [m, n].
       covariance: C [n, n] of the recipient's inputs, symmetric, positive semi-definite.
-      ridge: rho, dimensionless, above 0.
+      ridge: rho, dimensionless, above 0; no less than rounding is used.
       donor_covariance: of what the donor's inputs are thought to be.
     """
     a, b = widen(recipient), widen(donor)
     c = widen(covariance)
     n = c.shape[0]
-    shift = jnp.asarray(ridge, c.dtype) * jnp.trace(c) / n
+    least = 4 * n * float(jnp.finfo(c.dtype).eps)  # what a Cholesky factor of a singular C stands
+    shift = jnp.maximum(jnp.asarray(ridge, c.dtype), least) * jnp.trace(c) / n
     shift = jnp.where(shift > 0, shift, 1)
     metric = jnp.eye(n, dtype=c.dtype)
     change = (b - a).T

@@ -249,3 +249,13 @@ def test_a_spectrum_serves_as_its_covariance():
         np.testing.assert_allclose(one.merged, two.merged, atol=1e-10)
         for name in ("donor_share", "output_change_seen"):
             np.testing.assert_allclose(one.stats[name], two.stats[name], atol=1e-7)
+
+
+def test_a_ridge_near_nothing_stays_finite_in_float32():
+    """Inputs that span little: the least ridge a factor stands is used, and what they do not feel goes over."""
+    a, b, k, c = (jnp.asarray(x, jnp.float32) for x in problem(rank=2))
+    found = ridge_graft(a, b, c, 1e-12)
+    assert jnp.isfinite(found).all()
+    assert output_change(a, b, found, k) < 1e-3
+    outside = np.eye(N) - np.linalg.pinv(k, rtol=1e-5) @ k
+    np.testing.assert_allclose((found - a) @ outside, (b - a) @ outside, atol=1e-3)
