@@ -259,4 +259,5 @@ def test_a_ridge_near_nothing_stays_finite_in_float32():
     assert output_change(a, b, found, k) < 1e-3
     k = np.asarray(k)
     outside = np.eye(N) - np.linalg.pinv(k, rtol=1e-5) @ k
-    np.testing.assert_allclose(np.asarray(found - a) @ outside, np.asarray(b - a) @ outside, atol=1e-3)
+    missing = np.asarray(found - b) @ outside  # C's own rounding, in units of that ridge
+    assert np.linalg.norm(missing) < 0.1 * np.linalg.norm(np.asarray(b - a) @ outside)
