@@ -11,9 +11,9 @@ their own, as fine-tuning makes them. delta is |M - I| / sqrt(r) of the dynamic 
 |W* - W_opt| / |tau_A + tau_B|: 0 is the optimum, 1 is C itself, and the average has 1/2, because
 A + B - 2 W_opt = -(tau_A + tau_B). The last column fits log error against log r: the theorem says -1/2 or less.
 
-Results go to experiments/results/theorem.md, .json and .png. Expected: no method's error falls with r. `average`, `rgsp`
-and `relative` (two models' mean) have .50 throughout, `rgsp_seed` 1.03 to 1.11, further from the optimum than C itself;
-delta, which the theorem takes to be small, is .47 at r = 2 and .99 at r = 96.
+Results go to experiments/results/theorem.md, .json and .png. Expected: no method's error falls with r. `average`,
+`rgsp` and `relative` (two models' mean) have .50 throughout, `rgsp_seed` 1.03 to 1.11, further from the optimum than C
+itself; delta, which the theorem takes to be small, is .47 at r = 2 and .99 at r = 96.
 """
 
 import argparse
