@@ -71,8 +71,8 @@ class Series:
     knobs: tuple[float, ...]
     make: Callable[["Bench", str, str, float, int, Path], None]
     """`make(bench, recipient, donor, knob, seed, out)` writes one merge."""
-    seeded: bool = True
-    """Depends on the inputs that were drawn."""
+    repeated: tuple[float, ...] = ()
+    """Knobs that further draws of the inputs run, too."""
 
 
 @dataclass(frozen=True)
@@ -229,26 +229,32 @@ def merge(
 
 def make_sequential(bench: Bench, recipient: str, donor: str, knob: float, seed: int, out: Path) -> None:
     """Write the sequential graft, with pseudo-inputs of the donor."""
-    run_sequential(bench.model(recipient), bench.model(donor), bench.texts(recipient, seed), None, knob, seed, out)
+    run_sequential(bench.model(recipient), [bench.model(donor)], bench.texts(recipient, seed), [], knob, seed, out)
 
 
 def make_sequential_both(bench: Bench, recipient: str, donor: str, knob: float, seed: int, out: Path) -> None:
     """Write the sequential graft, with inputs of both tasks."""
     own, others = bench.texts(recipient, seed), bench.texts(donor, seed)
-    run_sequential(bench.model(recipient), bench.model(donor), own, others, knob, seed, out)
+    run_sequential(bench.model(recipient), [bench.model(donor)], own, [others], knob, seed, out)
 
 
 def run_sequential(
-    recipient: Path, donor: Path, own: Sequence[str], others: Sequence[str] | None, knob: float, seed: int, out: Path
+    recipient: Path,
+    donors: Sequence[Path],
+    own: Sequence[str],
+    others: Sequence[Sequence[str]],
+    knob: float,
+    seed: int,
+    out: Path,
 ) -> None:
-    """Graft one directory onto another, as `rgsp graft` does."""
+    """Graft directories onto another, as `rgsp graft` does."""
     with TemporaryDirectory() as directory:
-        files = Path(directory) / "own.safetensors", Path(directory) / "others.safetensors"
+        files = [Path(directory) / f"{number}.safetensors" for number in range(1 + len(donors))]
         settings = CovarianceSettings(max_length=MAXIMUM_LENGTH, held_back=0, seed=seed)
-        given = [] if others is None else [as_dataset(others)]
-        collect_sequentially(recipient, [donor], as_dataset(own), files, settings, share=knob, others=given)
+        given = list(map(as_dataset, others))
+        collect_sequentially(recipient, donors, as_dataset(own), files, settings, share=knob, others=given)
         config = MergeConfig(
-            models=(str(recipient), str(donor)),
+            models=tuple(map(str, (recipient, *donors))),
             method="sequential_graft",
             hyperparameters={"share": knob},
             covariances=tuple(map(str, files)),
@@ -262,8 +268,8 @@ def as_dataset(texts: Sequence[str]) -> Dataset:
 
 
 SERIES = (
-    Series(INTERPOLATION, tuple(round(0.1 * i, 1) for i in range(11)), make_interpolation, seeded=False),
-    Series(SEQUENTIAL, (0.0, 0.1, 0.25, 0.6, 1.5), make_sequential),
+    Series(INTERPOLATION, tuple(round(0.1 * i, 1) for i in range(11)), make_interpolation),
+    Series(SEQUENTIAL, (0.0, 0.1, 0.25, 0.6, 1.5), make_sequential, repeated=(0.25,)),
     Series("soft ridge", (1, 3, 10), make_soft),
     Series("soft ridge, discrepancy rule", (0.2, 0.35, 0.5), make_discrepancy),
     Series("soft ridge, pseudo-input metric", (0.5, 1.5, 5), make_soft_pseudo),
@@ -292,12 +298,18 @@ class Ledger:
 
 
 def run_series(
-    bench: Bench, scorer: Scorer, ledger: Ledger, series: Series, pairs: Sequence[tuple[str, str]], seed: int
+    bench: Bench,
+    scorer: Scorer,
+    ledger: Ledger,
+    series: Series,
+    pairs: Sequence[tuple[str, str]],
+    seed: int,
+    knobs: Sequence[float],
 ) -> Iterator[Point]:
     """Yield the points of one series on all pairs."""
     for recipient, donor in pairs:
-        for knob in series.knobs:
-            wanted = Point(series.name, float(knob), recipient, donor, seed if series.seeded else 0, 0, 0)
+        for knob in knobs:
+            wanted = Point(series.name, float(knob), recipient, donor, seed, 0, 0)
             if Ledger.key(wanted) not in ledger.points:
                 out = bench.work / "merge"
                 shutil.rmtree(out, ignore_errors=True)
@@ -312,21 +324,33 @@ def run_series(
 
 
 def run_chains(
-    bench: Bench, scorer: Scorer, knob: float, seed: int
-) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-    """Yield, for every order of all tasks, the accuracies of grafting each onto what came before.
+    bench: Bench, scorer: Scorer, knob: float, seed: int, ledger: Path
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the accuracies of grafting all tasks together: in turn, in every order, and all donors at once.
 
-    Protected are the first task's inputs and the pseudo-inputs of every donor grafted so far.
+    In turn, each donor is grafted onto what came before; protected are the first task's inputs and the pseudo-inputs
+    of every donor grafted so far. `ledger` keeps what is done.
     """
-    for order in itertools.permutations(bench.tasks):
-        current, own = bench.model(order[0]), bench.texts(order[0], seed)
-        for step, donor in enumerate(order[1:]):
-            others = bench.pseudo_texts(order[0], donor, seed)
-            out = bench.work / f"chain-{step}"
-            shutil.rmtree(out, ignore_errors=True)
-            run_sequential(current, bench.model(donor), own, others, knob, seed, out)
-            current, own = out, own + others
-        yield order, scorer.score(current, list(order))
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+    done = {(line["name"], line["knob"], line["seed"]): line["accuracies"] for line in lines}
+    orders = list(itertools.permutations(bench.tasks))
+    in_turn = {" <- ".join(order): [[donor] for donor in order[1:]] for order in orders}
+    rest = {first: [task for task in bench.tasks if task != first] for first in bench.tasks}
+    at_once = {f"{first} <- {', '.join(others)}": [others] for first, others in rest.items() if len(others) > 1}
+    for name, steps in (in_turn | at_once).items():
+        if (name, knob, seed) not in done:
+            first = name.split(" <- ")[0]
+            current, own = bench.model(first), bench.texts(first, seed)
+            for number, donors in enumerate(steps):
+                out = bench.work / f"chain-{number}"
+                shutil.rmtree(out, ignore_errors=True)
+                run_sequential(current, list(map(bench.model, donors)), own, [], knob, seed, out)
+                current, own = out, own + [text for d in donors for text in bench.pseudo_texts(first, d, seed)]
+            accuracies = done[name, knob, seed] = scorer.score(current, list(bench.tasks))
+            with ledger.open("a") as lines_out:
+                record = {"name": name, "knob": knob, "seed": seed, "accuracies": accuracies}
+                lines_out.write(json.dumps(record) + "\n")
+        yield name, done[name, knob, seed]
 
 
 def envelope(interpolated: Sequence[Point], retention: float) -> float:
@@ -404,76 +428,86 @@ def draw(points: Sequence[Point], pairs: Sequence[tuple[str, str]], path: Path) 
     FigureCanvasAgg(figure)
     for axes, (recipient, donor) in zip(np.ravel(figure.subplots(lines, columns, squeeze=False)), pairs, strict=False):
         here = [p for p in points if (p.recipient, p.donor) == (recipient, donor)]
-        means = average_seeds(here)
-        for name in dict.fromkeys(p.series for p in means):
-            x, y = zip(*sorted((p.retention, p.acquisition) for p in means if p.series == name), strict=True)
+        for name in dict.fromkeys(p.series for p in here):
+            x, y = zip(*sorted((p.retention, p.acquisition) for p in here if p.series == name), strict=True)
             axes.plot(x, y, "o-", markersize=4, label=name)
-        best = find_pareto(means)
+        best = find_pareto(here)
         axes.plot([p.retention for p in best], [p.acquisition for p in best], "ko", fillstyle="none", markersize=9)
         axes.set(title=f"{recipient} <- {donor}", xlabel=f"retention ({recipient})", ylabel=f"acquisition ({donor})")
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
 
-def average_seeds(points: Sequence[Point]) -> list[Point]:
-    """Return one point for every series, knob and pair, with the scores' means over seeds."""
-    groups: dict[tuple[Any, ...], list[Point]] = {}
-    for p in points:
-        groups.setdefault((p.series, p.knob, p.recipient, p.donor), []).append(p)
-    return [
-        Point(*key, 0, float(np.mean([p.retention for p in g])), float(np.mean([p.acquisition for p in g])))
-        for key, g in groups.items()
-    ]
+def list_draws(
+    points: Sequence[Point], pairs: Sequence[tuple[str, str]], seeds: Sequence[int]
+) -> Iterator[tuple[str, float, list[str]]]:
+    """Yield (series, knob, cells) of what was run with every draw of the inputs: means and standard deviations."""
+    for series, knob in dict.fromkeys((p.series, p.knob) for p in points):
+        cells = []
+        for pair in pairs:
+            here = [p for p in points if (p.series, p.knob, p.recipient, p.donor) == (series, knob, *pair)]
+            if {p.seed for p in here} == set(seeds):
+                scores = np.array([(p.retention, p.acquisition) for p in here])
+                mean, spread = scores.mean(0), scores.std(0, ddof=1)
+                cells.append(f"{mean[0]:.3f} ({spread[0]:.3f}) / {mean[1]:.3f} ({spread[1]:.3f})")
+        if len(cells) == len(pairs):
+            yield series, knob, cells
 
 
 def write_results(
     points: Sequence[Point],
-    chains: Sequence[tuple[tuple[str, ...], dict[str, float]]],
+    chains: Sequence[tuple[str, dict[str, float]]],
     settings: Mapping[str, Any],
     out: Path,
 ) -> None:
     """Write everything as JSON, tables as Markdown, the frontiers as PNG."""
     out.parent.mkdir(parents=True, exist_ok=True)
     pairs = list(dict.fromkeys((p.recipient, p.donor) for p in points))
-    summary = summarise(points)
+    first = [p for p in points if p.seed == settings["seeds"][0]]
+    summary = summarise(first)
     record = {
         "settings": settings,
         "versions": {"rgsp_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
         "summary": summary,
         "points": [asdict(p) for p in points],
-        "chains": [{"order": order, "accuracies": scores} for order, scores in chains],
+        "chains": [{"name": name, "accuracies": scores} for name, scores in chains],
     }
     out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     text = [f"# {out.name}", "", f"    {settings['command']}", ""]
     text += [
         f"Acquisition beyond interpolation's at equal retention, where retention is at most {NEAR} below the",
-        "recipient's own: mean over the points of a series and over seeds; standard error over pairs. Empty: no point",
-        "retains that much.",
+        "recipient's own: mean over the points of a series, first draw of the inputs; standard error over pairs.",
+        "Empty: no point retains that much.",
         "",
         table_head(["series", *(f"{a} <- {b}" for a, b in pairs), "mean", "SE"]),
     ]
     for row in summary:
         cells = [signed(np.mean(g)) if (g := row["gains"].get(f"{a} <- {b}")) else "" for a, b in pairs]
         text.append(table_line([row["series"], *cells, signed(row["mean"]), plain(row["standard_error"])]))
-    text += ["", "Retention / acquisition (means over seeds; Pareto points of a pair in bold):", ""]
-    means = average_seeds(points)
-    best = {pair: find_pareto([p for p in means if (p.recipient, p.donor) == pair]) for pair in pairs}
+    text += ["", "Retention / acquisition (first draw of the inputs; Pareto points of a pair in bold):", ""]
+    best = {pair: find_pareto([p for p in first if (p.recipient, p.donor) == pair]) for pair in pairs}
     text.append(table_head(["series", "knob", *(f"{a} <- {b}" for a, b in pairs)]))
-    for series, knob in dict.fromkeys((p.series, p.knob) for p in means):
+    for series, knob in dict.fromkeys((p.series, p.knob) for p in first):
         cells = []
         for pair in pairs:
-            found = [p for p in means if (p.series, p.knob, p.recipient, p.donor) == (series, knob, *pair)]
+            found = [p for p in first if (p.series, p.knob, p.recipient, p.donor) == (series, knob, *pair)]
             cell = f"{found[0].retention:.3f} / {found[0].acquisition:.3f}" if found else ""
             cells.append(f"**{cell}**" if found and found[0] in best[pair] else cell)
         text.append(table_line([series, f"{knob:g}", *cells]))
+    if len(settings["seeds"]) > 1:
+        text += ["", f"The same over {len(settings['seeds'])} draws of the inputs, mean (standard deviation):", ""]
+        text.append(table_head(["series", "knob", *(f"{a} <- {b}" for a, b in pairs)]))
+        for series, knob, cells in list_draws(points, pairs, settings["seeds"]):
+            text.append(table_line([series, f"{knob:g}", *cells]))
     if chains:
         names = sorted(chains[0][1])
-        text += ["", "All tasks in turn, sequential grafts:", "", table_head(["order", *names, "mean"])]
-        for order, scores in chains:
+        text += ["", "All tasks by sequential grafts, in turn (<-) and at once (,):", ""]
+        text.append(table_head(["grafts", *names, "mean"]))
+        for name, scores in chains:
             mean = np.mean(list(scores.values()))
-            text.append(table_line([" <- ".join(order), *(f"{scores[n]:.3f}" for n in names), f"{mean:.4f}"]))
+            text.append(table_line([name, *(f"{scores[n]:.3f}" for n in names), f"{mean:.4f}"]))
     out.with_suffix(".md").write_text("\n".join(text) + "\n")
-    draw(points, pairs, out.with_suffix(".png"))
+    draw(first, pairs, out.with_suffix(".png"))
 
 
 def table_head(cells: Sequence[str]) -> str:
@@ -509,10 +543,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", help="default: all, by name")
     parser.add_argument("--rows", type=int, default=600, help="test rows of each task (default: 600)")
     parser.add_argument("--inputs", type=int, default=200, help="unlabelled inputs of each task (default: 200)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="draws of the inputs (default: 0)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="draws of the inputs (default: 0); the first runs all knobs"
+    )
     parser.add_argument("--series", nargs="+", choices=names, default=names, help="default: all")
-    parser.add_argument("--chains", action="store_true", help="also graft all tasks in turn, in every order")
-    parser.add_argument("--chain-knob", type=float, default=0.1, help="knob of the grafts in turn (default: 0.1)")
+    parser.add_argument(
+        "--chains", action="store_true", help="also graft all tasks together: in turn, in every order, and at once"
+    )
+    parser.add_argument("--chain-knob", type=float, default=0.25, help="knob of these grafts (default: 0.25)")
     parser.add_argument("--work", type=Path, help="keep scores and covariances here, and use those found")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "grafting")
     return parser.parse_args(arguments)
@@ -530,13 +568,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Point]:
         scorer = Scorer(tasks, BACKENDS["flax"], work / "scores.json")
         bench, ledger = Bench(options.bench, tasks, options.inputs, work), Ledger(work / "points.jsonl")
         for seed, series in itertools.product(options.seeds, chosen):
-            if not series.seeded and seed != options.seeds[0]:
-                continue
-            for p in run_series(bench, scorer, ledger, series, pairs, seed):
+            knobs = series.knobs if seed == options.seeds[0] else series.repeated
+            for p in run_series(bench, scorer, ledger, series, pairs, seed, knobs):
                 points.append(p)
                 where = f"{p.recipient} <- {p.donor}"
                 print(f"{where:14s} {p.series} {p.knob:g}: {p.retention:.3f} / {p.acquisition:.3f}", flush=True)
-        chains = list(run_chains(bench, scorer, options.chain_knob, options.seeds[0])) if options.chains else []
+        kept = work / "chains.jsonl"
+        chains = list(run_chains(bench, scorer, options.chain_knob, options.seeds[0], kept)) if options.chains else []
         settings = {"command": describe_command(options, names), "rows": options.rows, "inputs": options.inputs}
         write_results(points, chains, settings | {"seeds": options.seeds}, options.out)
     return points

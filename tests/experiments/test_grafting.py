@@ -47,6 +47,15 @@ def make_pair():
     return recipient, donor
 
 
+def test_draws_are_listed_where_all_were_run(experiment):
+    def point(knob, seed, retention):
+        return experiment.Point("graft", knob, "a", "b", seed, retention, 0.5)
+
+    points = [point(1, 0, 0.8), point(2, 0, 0.7), point(1, 1, 0.6)]
+    (found,) = experiment.list_draws(points, [("a", "b")], [0, 1])
+    assert found == ("graft", 1, ["0.700 (0.141) / 0.500 (0.000)"])
+
+
 def test_comparison_at_equal_retention(experiment):
     def point(series, knob, retention, acquisition):
         return experiment.Point(series, knob, "a", "b", 0, retention, acquisition)
@@ -104,7 +113,7 @@ def test_whole_run_writes_its_results_and_resumes(experiment, bench, tmp_path):
     assert ends["first", 0].retention == ends["second", 1].acquisition  # the same model, scored by the same head
     record = json.loads(out.with_suffix(".json").read_text())
     assert len(record["points"]) == len(points)
-    assert [chain["order"] for chain in record["chains"]] == [["first", "second"], ["second", "first"]]
+    assert [chain["name"] for chain in record["chains"]] == ["first <- second", "second <- first"]
     first = next(p for p in points if p.series == "sequential")
     # With two tasks, grafting in turn is one sequential graft.
     assert record["chains"][0]["accuracies"].keys() == {"first", "second"}
