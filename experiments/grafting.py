@@ -9,16 +9,15 @@ brings the tokenisers and transformers.
 The bench and the scores are those of text_encoders.py; `BENCH/<task>/train.jsonl` gives `--inputs` unlabelled inputs of
 the recipient, drawn anew for every seed. Retention is the recipient's accuracy on its own test rows, acquisition the
 donor's. Series: plain interpolation; hard and soft null-space grafts; soft grafts whose ridge in every layer leaves the
-same share of the donor's disturbance; soft grafts in the metric of pseudo-inputs
-(random sequences of the tokens whose embeddings the two models disagree on, seen by the donor); sequential grafts,
-which need the recipient's inputs only; and, for reference, RegMean with both tasks' inputs and
-sequential grafts with the donor's inputs in place of pseudo-inputs. `--chains` also grafts all tasks in turn, in every
-order.
+same share of the donor's disturbance; soft grafts in the metric of pseudo-inputs (random sequences of the tokens whose
+embeddings the two models disagree on, seen by the donor); sequential grafts, which need the recipient's inputs only;
+and, for reference, RegMean with both tasks' inputs and sequential grafts with the donor's inputs in place of
+pseudo-inputs. `--chains` also grafts all tasks together, in turn in every order and at once.
 
 Results go to experiments/results/grafting.md, .json and .png; hard grafts and the pseudo-input metric are not in those
-recorded. Expected (retention / acquisition), recipient trec, donor subj, 600 rows, seed 0: sequential .25 -> .962 / .928;
-interpolation .3 -> .960 / .873, .4 -> .954 / .903, .5 -> .940 / .927. Where both tasks read the same kind of text (subj,
-mr) nothing tried so far beats interpolation.
+recorded. Expected (retention / acquisition), recipient trec, donor subj, 600 rows, seed 0: sequential .25 -> .962 /
+.928; interpolation .3 -> .960 / .873, .4 -> .954 / .903, .5 -> .940 / .927. Where both tasks read the same kind of text
+(subj, mr) nothing tried so far beats interpolation.
 """
 
 import argparse
