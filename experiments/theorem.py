@@ -13,7 +13,7 @@ A + B - 2 W_opt = -(tau_A + tau_B). The last column fits log error against log r
 
 Results go to experiments/results/theorem.md, .json and .png. Expected: no method's error falls with r. `average`,
 `rgsp` and `relative` (two models' mean) have .50 throughout, `rgsp_seed` 1.03 to 1.11, further from the optimum than C
-itself; delta, which the theorem takes to be small, is .47 at r = 2 and .99 at r = 96.
+itself; delta, which the theorem takes to be small, is .47 to .66 at r = 2 and .99 at r = 96.
 """
 
 import argparse

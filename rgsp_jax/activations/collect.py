@@ -1,7 +1,7 @@
 """From a model and data to a covariance file: draw examples, run them once, sum what the weights saw."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -294,11 +294,20 @@ def write_tally(
             f"{checkpoint.path}: no weight of the checkpoint was seen at work, so there is nothing to write"
         )
     covered = [name for site in sites for name in site.weights]
-    reasons = {**explain_missing(checkpoint, runner.weights, covered), **runner.not_covered}
-    reasons = {name: reason for name, reason in reasons.items() if name not in covered}
-    label = checkpoint.path.name if "://" not in model else model
-    write_covariances(out, label, (record,), sites, tensors, reasons)
+    reasons = explain_uncovered(checkpoint, runner, covered)
+    write_covariances(out, name_model(model, checkpoint), (record,), sites, tensors, reasons)
     return reasons
+
+
+def explain_uncovered(checkpoint: Checkpoint, runner: Runner, covered: Collection[str]) -> dict[str, str]:
+    """Weights that are not covered, with reasons."""
+    reasons = {**explain_missing(checkpoint, runner.weights, covered), **runner.not_covered}
+    return {name: reason for name, reason in reasons.items() if name not in covered}
+
+
+def name_model(model: str | Path, checkpoint: Checkpoint) -> str:
+    """What a file calls a model: its address, or its directory's name."""
+    return str(model) if "://" in str(model) else checkpoint.path.name
 
 
 def finish_counts(tally: Tally, site: InputSite) -> np.ndarray:

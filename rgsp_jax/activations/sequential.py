@@ -26,16 +26,18 @@ from jaxtyping import Array
 from rgsp_jax.activations.collect import (
     Tally,
     draw_examples,
+    explain_uncovered,
     find_output_problems,
     finish_rows,
     make_batches,
+    name_model,
     read_dataset,
 )
 from rgsp_jax.activations.examples import Dataset
 from rgsp_jax.activations.in_step import run_in_step
 from rgsp_jax.activations.pseudo_inputs import draw_pseudo_inputs, find_moved
 from rgsp_jax.activations.settings import CannotStepError, CovarianceSettings, Prepared, Progress
-from rgsp_jax.activations.sites import InputSite, explain_missing
+from rgsp_jax.activations.sites import InputSite, find_rule
 from rgsp_jax.activations.step_moments import MERGED, Moments, PassName, sum_moments, weigh_moments
 from rgsp_jax.activations.torch_inputs import TextEncoder
 from rgsp_jax.activations.torch_runner import TorchRunner
@@ -50,13 +52,15 @@ from rgsp_jax.checkpoint import (
 )
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.grafting.sequential import PULL, SHARE, interpolation_weights, sequential_graft
-from rgsp_jax.rules import EXPERT_NAMES, MatrixView, classify
+from rgsp_jax.rules import EXPERT_NAMES, MatrixView
 from rgsp_jax.types import InputStatistics
 
 POSITION_TABLE = re.compile(r"(^|[./])(position_embeddings?|embed_positions|wpe)([./]|$)")
 TOKENS = 8_192
 """Of the recipient's inputs, and of the donor's: a few hundred sentences; a layer's inputs lie in memory for all."""
 OWN_IMAGES = 64
+HELD_BACK = 64
+"""Rows per site for the proof, by default."""
 PSEUDO = "pseudo-inputs: random sequences of the tokens whose embeddings moved"
 
 
@@ -133,7 +137,7 @@ def collect_sequentially(
         RefusedError: as `collect_covariances`. Nothing is written then.
     """
     started = time.monotonic()
-    settings = settings or CovarianceSettings(held_back=64)
+    settings = settings or CovarianceSettings(held_back=HELD_BACK)
     files = tuple(map(Path, files))
     problems = [problem for file in files for problem in find_output_problems(file)]
     if others and len(others) != len(donors):
@@ -159,9 +163,7 @@ def collect_sequentially(
         collection.find_sites(ours[:2], files[0])
         collection.hold_back(held_back)
         collection.run(parts, progress)
-        names = [
-            str(m) if "://" in str(m) else c.path.name for m, c in zip((recipient, *donors), checkpoints, strict=True)
-        ]
+        names = [name_model(m, c) for m, c in zip((recipient, *donors), checkpoints, strict=True)]
         collection.write(files, names, records)
         nbytes, seconds = sum(file.stat().st_size for file in files), time.monotonic() - started
         examples = tuple(map(len, parts))
@@ -240,7 +242,6 @@ class Collection:
         self.merged, self.checkpoints, self.settings, self.share = merged, checkpoints, settings, share
         self.done: dict[str, tuple[InputSite, tuple[str, ...], tuple[int, ...]]] = {}
         """Site -> it, the weights that were refitted, rows on every model's side."""
-        self.again: set[str] = set()
         self.tally = Tally(settings, sketched_from=1 << 62)
         self.arrays: dict[str, np.ndarray] = {}
         self._spool: tempfile.TemporaryDirectory[str] | None = None
@@ -287,10 +288,6 @@ class Collection:
                 progress(1, len(self.refitted))
 
         run_in_step(runs, list(self.sites), meet)
-        if self.again:
-            raise CannotStepError(
-                f"{self.checkpoints[0].path} uses {', '.join(sorted(self.again)[:3])} more than once in a pass"
-            )
         if not self.done:
             raise RefusedError(f"{self.checkpoints[0].path}: no matrix was seen at work, so there is nothing to graft")
 
@@ -307,12 +304,9 @@ class Collection:
         """The weights of a site that can be refitted, as matrices."""
         if site.kind != "rows":
             return {}
-        first = self.checkpoints[0]
-        model_type = (first.config or {}).get("model_type")
         views = {}
         for name in site.weights:
-            spec = first.specs[name]
-            rule = classify(name, spec.shape, spec.dtype, "pytorch", model_type)
+            spec, rule = self.checkpoints[0].specs[name], find_rule(self.checkpoints[0], name)
             alike = all(name in c.specs and c.specs[name].shape == spec.shape for c in self.checkpoints)
             plain = len(spec.shape) == 2 and EXPERT_NAMES.search(name) is None  # routed tokens cannot be paired
             if (
@@ -340,8 +334,7 @@ class Collection:
     def meet(self, site: InputSite, here: Mapping[PassName, Any]) -> None:
         """Sum the inputs of one site and refit its weights."""
         if site.name in self.done:
-            self.again.add(site.name)
-            return
+            raise CannotStepError(f"{self.checkpoints[0].path} uses {site.name} more than once in a pass")
         donors = range(1, len(self.checkpoints))
         own = sum_moments(here, 0, (0, *donors), site.width)
         if own is None:
@@ -363,9 +356,9 @@ class Collection:
         self.arrays[name] = np.load(path, mmap_mode="r")
 
     def write(self, files: Sequence[Path], labels: Sequence[str], records: Sequence[DataRecord]) -> None:
-        """Write the files."""
+        """Write the files, the recipient's last: where it stands, all do."""
         covered = [name for _, weights, _ in self.done.values() for name in weights]
-        for number, file in enumerate(files):
+        for number, file in reversed(list(enumerate(files))):
             runner = self.runners[number]
             sites, tensors = [], {}
             for name, (site, weights, rows) in self.done.items():
@@ -375,6 +368,5 @@ class Collection:
                 tensors[f"{name}.held_back"] = held
                 for part in ("covariance", "drift"):
                     tensors[f"{name}.{part}"] = self.arrays[f"{number}.{name}.{part}"]
-            reasons = {**explain_missing(self.checkpoints[number], runner.weights, covered), **runner.not_covered}
-            reasons = {name: reason for name, reason in reasons.items() if name not in covered}
+            reasons = explain_uncovered(self.checkpoints[number], runner, covered)
             write_covariances(file, labels[number], (records[number],), sites, tensors, reasons)

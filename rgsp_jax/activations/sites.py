@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from rgsp_jax.checkpoint import Checkpoint, TensorSpec, digest
-from rgsp_jax.rules import classify
+from rgsp_jax.rules import TensorRule, classify
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,15 @@ def count_common_endings(a: str, b: str) -> int:
     return count
 
 
+def find_rule(checkpoint: Checkpoint, name: str) -> TensorRule:
+    """What a tensor of the checkpoint is."""
+    spec = checkpoint.specs[name]
+    return classify(name, spec.shape, spec.dtype, "pytorch", (checkpoint.config or {}).get("model_type"))
+
+
 def find_mismatch(checkpoint: Checkpoint, name: str, width: int) -> str | None:
     """Why a weight's inputs, `width` wide, are not those that its rule says; None where they are."""
-    spec = checkpoint.specs[name]
-    model_type = (checkpoint.config or {}).get("model_type")
-    rule = classify(name, spec.shape, spec.dtype, "pytorch", model_type)
+    rule = find_rule(checkpoint, name)
     if rule.kind != "matrix":
         return None
     assert rule.view is not None
@@ -131,10 +135,9 @@ def find_mismatch(checkpoint: Checkpoint, name: str, width: int) -> str | None:
 def explain_missing(checkpoint: Checkpoint, weights: WeightMap, covered: Iterable[str]) -> dict[str, str]:
     """Matrices that no site covers -> why."""
     taken = set(covered)
-    model_type = (checkpoint.config or {}).get("model_type")
     reasons = {}
     for spec in weights_of(checkpoint):
-        rule = classify(spec.name, spec.shape, spec.dtype, "pytorch", model_type)
+        rule = find_rule(checkpoint, spec.name)
         if spec.name in taken or rule.kind != "matrix" or rule.view is None:
             continue
         if rule.view.matrices[0] > 1:

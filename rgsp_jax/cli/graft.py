@@ -16,8 +16,6 @@ from rgsp_jax.cli.merge import parse_override, run_merge
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, parse_config
 
-HELD_BACK = 64
-"""Rows per site that prove a sequential graft."""
 RULES = ("ridge", "energy", "threshold")
 
 
@@ -131,11 +129,16 @@ def collect_in_step(
     """
     if resume and all(file.exists() for file in files):
         return
+    if resume and files[0].exists():
+        raise CannotStepError(f"{files[0]} is of a null-space graft that was begun")
     if not has_torch():
         raise CannotStepError("torch and transformers, which run models in step, are not installed here")
+    if resume:
+        for file in files[1:]:  # the recipient's is written last: these are of a collection that was stopped
+            file.unlink(missing_ok=True)
     let_threads_sleep()
     sequential = import_module("rgsp_jax.activations.sequential")
-    settings = CovarianceSettings(field=field or CovarianceSettings.field, held_back=HELD_BACK)
+    settings = CovarianceSettings(field=field or CovarianceSettings.field, held_back=sequential.HELD_BACK)
     with progress_bar("sites") as progress:
         sequential.collect_sequentially(
             config.models[0],
@@ -153,7 +156,7 @@ def collect_first(model: str, data: str, field: str | None, path: Path, *, resum
     """Collect the recipient's covariances, unless the run that is resumed did."""
     if resume and path.exists():
         return
-    settings = CovarianceSettings(field=field) if field else CovarianceSettings()
+    settings = CovarianceSettings(field=field or CovarianceSettings.field)
     let_threads_sleep()
     with progress_bar() as progress:
         collect_covariances(model, data, path, settings, progress)

@@ -107,6 +107,12 @@ def test_data_alone_make_a_sequential_graft_that_its_config_reproduces(rgsp, tmp
     assert again.code == 0, again.err
     ours, theirs = tree_bytes(tmp_path / "out"), tree_bytes(tmp_path / "again")
     assert ours["model.safetensors"] == theirs["model.safetensors"]
+    # A collection that was stopped between its files is made again.
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out.covariances.safetensors").unlink()
+    outcome = rgsp(*command, "--share", "0.4", "--resume")
+    assert outcome.code == 0, outcome.err
+    assert tree_bytes(tmp_path / "out")["model.safetensors"] == ours["model.safetensors"]
     # A resumed graft does not collect again.
     monkeypatch.setattr("rgsp_jax.activations.sequential.collect_sequentially", None)
     shutil.rmtree(tmp_path / "out")
@@ -123,6 +129,11 @@ def test_a_soft_graft_where_a_sequential_one_cannot_be(rgsp, tmp_path):
     assert outcome.code == 0, outcome.err
     assert "a soft null-space graft instead" in outcome.err and "share their embeddings" in outcome.err
     assert "by graft" in outcome.out
+    first = tree_bytes(tmp_path / "out")["model.safetensors"]
+    shutil.rmtree(tmp_path / "out")
+    outcome = rgsp("graft", a, b, "--data", data, "--out", tmp_path / "out", "--resume")
+    assert outcome.code == 0, outcome.err
+    assert tree_bytes(tmp_path / "out")["model.safetensors"] == first
     before = sorted(p.name for p in tmp_path.iterdir())
     outcome = rgsp("graft", a, b, "--data", data, "--out", tmp_path / "o", "--share", "0.1")
     assert outcome.code == 2 and "share their embeddings" in outcome.err

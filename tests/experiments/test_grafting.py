@@ -1,8 +1,6 @@
 """The grafting experiment, on tiny random encoders."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,13 +21,8 @@ CONFIG |= {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_
 
 
 @pytest.fixture(scope="module")
-def experiment():
-    """The script, as it is when it is run: its directory is on the path."""
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        yield importlib.import_module("grafting")
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
+def experiment(script):
+    return script("grafting")
 
 
 def make_encoder(seed):

@@ -1,8 +1,6 @@
 """The theorem's experiment: layers whose optimum is what it should be, and a whole small run."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +10,8 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture(scope="module")
-def theorem():
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        yield importlib.import_module("theorem")
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
+def theorem(script):
+    return script("theorem")
 
 
 @pytest.mark.parametrize("size", [0.01, 0.1])
