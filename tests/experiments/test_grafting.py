@@ -1,7 +1,6 @@
 """The grafting experiment, on tiny random encoders."""
 
 import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,6 @@ tokenizers = pytest.importorskip("tokenizers")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 WORDS = [f"w{i}" for i in range(60)]
 CONFIG = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIG |= {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.3}

@@ -1,12 +1,9 @@
 """The theorem's experiment: layers whose optimum is what it should be, and a whole small run."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture(scope="module")
