@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,54 +15,16 @@ from rgsp_jax.checkpoint import Checkpoint
 from rgsp_jax.checkpoint.safetensors_header import describe_failure
 from rgsp_jax.checkpoint.specs import DTYPES
 from rgsp_jax.errors import RefusedError
-from rgsp_jax.models import (
-    Bert,
-    BertClassifier,
-    BertConfig,
-    Vit,
-    VitClassifier,
-    VitConfig,
-    export_weights,
-    load_weights,
-    map_weights,
-)
+from rgsp_jax.models import FAMILIES, Family, export_weights, load_weights, map_weights
 
 LENGTH_STEP = 16
-HEAD = "classifier.weight"
-
-
-def build_bert(checkpoint: Checkpoint) -> nnx.Module:
-    """A BERT of the checkpoint's sizes, with its head if it has one."""
-    pooler = any(name.endswith("pooler.dense.weight") for name in checkpoint.specs)
-    config = BertConfig.from_huggingface(checkpoint.config or {}, pooler=pooler)
-    if HEAD in checkpoint.specs:
-        classes = checkpoint.specs[HEAD].shape[0]
-        return nnx.eval_shape(lambda: BertClassifier(config, classes, rngs=nnx.Rngs(0)))
-    return nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
-
-
-def build_vit(checkpoint: Checkpoint) -> nnx.Module:
-    """A ViT of the checkpoint's sizes, with its head if it has one."""
-    config = VitConfig.from_huggingface(checkpoint.config or {})
-    if HEAD in checkpoint.specs:
-        classes = checkpoint.specs[HEAD].shape[0]
-        return nnx.eval_shape(lambda: VitClassifier(config, classes, rngs=nnx.Rngs(0)))
-    return nnx.eval_shape(lambda: Vit(config, rngs=nnx.Rngs(0)))
-
-
-class Family(NamedTuple):
-    """How a model type is built and whether it reads texts (or images)."""
-
-    build: Callable[[Checkpoint], nnx.Module]
-    reads_text: bool
-
-
-FAMILIES: Mapping[str, Family] = {"bert": Family(build_bert, True), "vit": Family(build_vit, False)}
 
 
 def find_family(checkpoint: Checkpoint) -> Family | None:
-    """The Flax family of a checkpoint's model type, if there is one."""
-    return FAMILIES.get((checkpoint.config or {}).get("model_type", ""))
+    """The Flax family of a checkpoint's model type, if there is one that takes texts alone or images alone."""
+    family = FAMILIES.get((checkpoint.config or {}).get("model_type", ""))
+    taken = family and {"input_ids", "pixel_values"} & family.inputs
+    return family if taken and len(taken) == 1 else None
 
 
 class Tap(nnx.Module):
@@ -95,10 +57,11 @@ class FlaxRunner:
             raise RefusedError("the Flax families compute in float32: leave --dtype out or use --backend torch")
         self._checkpoint = checkpoint
         self._settings = settings
-        self._reads_text = family.reads_text
+        self._family = family
+        self._reads_text = "input_ids" in family.inputs
         self._check_data(examples)
         weights = {name: checkpoint.read(name) for name in checkpoint.specs if name not in checkpoint.aliases}
-        model = load_weights(family.build(checkpoint), weights)
+        model = load_weights(family.build(checkpoint.config or {}, {n: w.shape for n, w in weights.items()}), weights)
         self.weights = match_weights(checkpoint, export_weights(model), DTYPES["F32"])
         by_place = {place.parameter: name for name, place in self.weights.places.items()}
         self._names = {
@@ -214,16 +177,9 @@ class FlaxRunner:
             described = describe_layer(layer)
             if name is not None and described is not None:
                 put(model, path, Tap(layer, tap(name, *described)))
-        if self._reads_text:
-            ids, types, mask = arguments
-            if hasattr(model, "head"):
-                model(ids, mask, types)  # type: ignore[operator]
-            else:
-                hidden = model(ids, mask, types)  # type: ignore[operator]
-                if model.pooler is not None:  # type: ignore[attr-defined]
-                    model.pool(hidden)  # type: ignore[attr-defined]
-        else:
-            model(arguments[0])  # type: ignore[operator]
+        names = ("input_ids", "token_type_ids", "attention_mask") if self._reads_text else ("pixel_values",)
+        batch = dict(zip(names, arguments, strict=False))  # the mask of examples that images bring is not the model's
+        self._family.run(model, {name: x for name, x in batch.items() if name in self._family.inputs})
         if record is not None:
             record += [
                 (tuple(names), "ids" if key[1].startswith("ids") else "rows", width)

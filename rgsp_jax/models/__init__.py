@@ -1,6 +1,7 @@
 """flax.nnx model families: a config and its wiring each, shared pieces, and weights mapped as data."""
 
 from rgsp_jax.models.bert import Bert, BertClassifier, BertConfig
+from rgsp_jax.models.families import FAMILIES, Family
 from rgsp_jax.models.vit import Vit, VitClassifier, VitConfig
 from rgsp_jax.models.weights import (
     WeightPlace,
@@ -14,9 +15,11 @@ from rgsp_jax.models.weights import (
 )
 
 __all__ = [
+    "FAMILIES",
     "Bert",
     "BertClassifier",
     "BertConfig",
+    "Family",
     "Vit",
     "VitClassifier",
     "VitConfig",
