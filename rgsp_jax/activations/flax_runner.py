@@ -1,6 +1,6 @@
 """Our own Flax families as a Runner: the same model with a tap before every linear, convolution and table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
