@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -18,22 +17,7 @@ import numpy as np
 from flax import nnx
 
 from rgsp_jax.errors import RefusedError
-
-OPERATIONS: Mapping[str, tuple[int, ...] | None] = MappingProxyType(
-    {
-        "identity": None,
-        "embedding": None,
-        "norm": None,
-        "linear": (1, 0),
-        "conv1d": (2, 1, 0),
-        "conv2d": (2, 3, 1, 0),
-        "conv3d": (2, 3, 4, 1, 0),
-    }
-)
-"""Operation -> axes of the PyTorch array in the order flax stores them; None leaves the array as it is.
-
-The operation follows the module's type, never the shape: a square Linear is transposed like any other.
-"""
+from rgsp_jax.layouts import pack, to_flax_layout, to_torch_layout, to_torch_shape
 
 
 class WeightRule(NamedTuple):
@@ -93,18 +77,6 @@ def nest(table: WeightTable, key_prefix: str, path_prefix: str, rules: Sequence[
     return WeightTable(inner + tuple(rules), ignored=ignored, renames=table.renames)
 
 
-def to_flax_layout(array: np.ndarray, operation: str) -> np.ndarray:
-    """Return a PyTorch array in flax's layout, as a view; see OPERATIONS."""
-    axes = OPERATIONS[operation]
-    return array if axes is None else array.transpose(axes)
-
-
-def to_torch_layout(array: np.ndarray, operation: str) -> np.ndarray:
-    """Return a flax array in PyTorch's layout, as a view; the inverse of `to_flax_layout`."""
-    axes = OPERATIONS[operation]
-    return array if axes is None else array.transpose(np.argsort(axes))
-
-
 def map_weights(model: nnx.Module) -> dict[str, WeightPlace]:
     """Return PyTorch key -> place in the model, for every array that the model holds.
 
@@ -147,7 +119,7 @@ def load_weights(model: ModelT, weights: Mapping[str, np.ndarray]) -> ModelT:
         if key not in places:
             problems.append(f"weight {name!r} has no place in {type(model).__name__}; remove it or change the config")
             continue
-        shape, expected = np.shape(weights[name]), _torch_shape(leaves[places[key].path].shape, places[key].operation)
+        shape, expected = np.shape(weights[name]), to_torch_shape(leaves[places[key].path].shape, places[key].operation)
         if shape != expected:
             problems.append(f"weight {name!r} has shape {shape}; the config asks for {expected}")
     if problems:
@@ -163,7 +135,7 @@ def export_weights(model: nnx.Module, prefix: str = "") -> dict[str, np.ndarray]
     """Return `prefix` + PyTorch key -> C-contiguous NumPy array in PyTorch layout: the inverse of `load_weights`."""
     leaves = dict(nnx.to_flat_state(nnx.state(model)))
     return {
-        prefix + key: np.asarray(to_torch_layout(np.asarray(leaves[path][...]), operation), order="C")
+        prefix + key: pack(to_torch_layout(np.asarray(leaves[path][...]), operation))
         for key, (path, operation) in map_weights(model).items()
     }
 
@@ -220,11 +192,6 @@ def _normalise_keys(
             problems.append(f"weights {given[key]!r} and {name!r} are the same weight; keep one")
         given[key] = name
     return given, problems
-
-
-def _torch_shape(shape: Sequence[int], operation: str) -> tuple[int, ...]:
-    axes = OPERATIONS[operation]
-    return tuple(shape) if axes is None else tuple(shape[i] for i in np.argsort(axes))
 
 
 @cache

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from rgsp_jax.errors import RefusedError
+from rgsp_jax.layouts import OPERATIONS, pack, to_flax_layout, to_flax_shape, to_torch_layout, to_torch_shape
 from rgsp_jax.models import (
     Bert,
     BertClassifier,
@@ -22,7 +23,6 @@ from rgsp_jax.models import (
     map_weights,
     replace_parameters,
 )
-from rgsp_jax.models.weights import OPERATIONS, to_flax_layout, to_torch_layout
 
 BERT = BertConfig(37, 16, 11, 4, 24, "gelu", 12)  # eleven layers: two-digit indices must not be confused
 VIT = VitConfig(16, 2, 4, 24, image_size=8, patch_size=2, num_channels=3)
@@ -44,6 +44,17 @@ def test_operations_are_inverse_pairs(operation):
     array = np.arange(np.prod(shape)).reshape(shape)
     np.testing.assert_array_equal(to_torch_layout(to_flax_layout(array, operation), operation), array)
     np.testing.assert_array_equal(to_flax_layout(to_torch_layout(array, operation), operation), array)
+    turned = to_flax_layout(array, operation)
+    assert turned.shape == to_flax_shape(shape, operation) and to_torch_shape(turned.shape, operation) == shape
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1, 1), (16, 16), (17, 33), (5, 40), (3, 4, 5)], ids=str)
+def test_packing_is_a_copy_in_order(shape):
+    array = np.arange(np.prod(shape, dtype=int), dtype=np.int16).reshape(shape)
+    packed = pack(array.T)
+    assert packed.flags.c_contiguous and packed.shape == array.T.shape and packed.dtype == array.dtype
+    np.testing.assert_array_equal(packed, array.T)
+    assert pack(array) is array
 
 
 @pytest.mark.parametrize("name", MAKERS)
