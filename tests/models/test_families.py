@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.huggingface import as_torch, randomise, save_and_read
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.models import (
     Bert,
@@ -28,30 +29,11 @@ BERT = {**SIZES, "layer_norm_eps": 1e-7, "vocab_size": 37, "max_position_embeddi
 VIT = {**SIZES, "layer_norm_eps": 1e-7, "image_size": 8, "patch_size": 2, "num_channels": 3}
 
 
-def save_and_read(model, directory):
-    """What transformers puts on disk for a model: weights by key (disk names, not those in memory) and config."""
-    model.save_pretrained(directory)
-    return safetensors.load_file(directory / "model.safetensors"), model.config.to_dict()
-
-
-def randomise(model):
-    """Fill every parameter, norms and biases too, with values that make a wrong place visible."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
 def token_batch():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 37, (3, 9))
     mask = np.arange(9)[None] < np.array([[9], [4], [1]])
     return ids.astype(np.int32), mask.astype(np.int32), rng.integers(0, 2, (3, 9)).astype(np.int32)
-
-
-def as_torch(*arrays):
-    return [torch.tensor(array.astype(np.int64)) for array in arrays]
 
 
 def test_bert_equals_transformers(tmp_path):
