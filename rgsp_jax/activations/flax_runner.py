@@ -38,6 +38,10 @@ class Tap(nnx.Module):
         self.show(x)
         return self.inner(x)  # type: ignore[operator]
 
+    def attend(self, x: Any) -> Any:
+        """What a tied output head asks of an embedding; the tap shows what is looked up, not what is multiplied."""
+        return self.inner.attend(x)  # type: ignore[attr-defined]
+
 
 class FlaxRunner:
     """A model of `rgsp_jax.models`, capturing inside the trace."""
@@ -87,7 +91,7 @@ class FlaxRunner:
     def prepare(self, examples: Sequence[Example]) -> list[Prepared]:
         if self._tokenize is None:
             return [Prepared(self._prepare_image(example.image), None) for example in examples]
-        limit = min(self._settings.max_length, int((self._checkpoint.config or {}).get("max_position_embeddings", 512)))
+        limit = min(self._settings.max_length, self._family.max_tokens(self._checkpoint.config or {}))
         self._tokenize.enable_truncation(limit)
         texts = [e.text if e.pair is None else (e.text, e.pair) for e in examples]
         encoded = self._tokenize.encode_batch(texts)
@@ -149,7 +153,7 @@ class FlaxRunner:
             images = np.zeros((size, *batch[0].payload.shape), np.float32)
             images[: len(batch)] = np.stack([item.payload for item in batch])
             return images, np.arange(size)[:, None] < len(batch)
-        limit = int((self._checkpoint.config or {}).get("max_position_embeddings", 512))
+        limit = self._family.max_tokens(self._checkpoint.config or {})
         longest = max(len(item.payload[0]) for item in batch)
         time = min(limit, -(-longest // LENGTH_STEP) * LENGTH_STEP)
         ids, types = np.zeros((2, size, time), np.int32)
@@ -230,7 +234,8 @@ def put(model: nnx.Module, path: tuple[Any, ...], layer: nnx.Module) -> None:
 def select(x: np.ndarray, site: InputSite, mask: np.ndarray) -> np.ndarray:
     """The inputs that count: without padding, and without the examples that fill up the batch."""
     if site.kind == "ids":
-        return np.broadcast_to(x, mask.shape)[mask]
+        per_token = x.shape[-1] == mask.shape[1]  # else the same rows for every example: the places of an image
+        return np.broadcast_to(x, mask.shape)[mask] if per_token else x.reshape(-1)
     if x.shape[:2] == mask.shape and x.ndim == 3:
         return x[mask]
     return x[mask.any(1)].reshape(-1, site.width)

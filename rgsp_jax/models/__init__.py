@@ -1,7 +1,15 @@
 """flax.nnx model families: a config and its wiring each, shared pieces, and weights mapped as data."""
 
-from rgsp_jax.models.bert import Bert, BertClassifier, BertConfig
+from rgsp_jax.models.bert import Bert, BertClassifier, BertConfig, BertMaskedLm, BertTokenClassifier
+from rgsp_jax.models.decoder import Decoder, DecoderConfig, DecoderLm
 from rgsp_jax.models.families import FAMILIES, Family
+from rgsp_jax.models.roberta import (
+    Roberta,
+    RobertaClassifier,
+    RobertaConfig,
+    RobertaMaskedLm,
+    RobertaTokenClassifier,
+)
 from rgsp_jax.models.vit import Vit, VitClassifier, VitConfig
 from rgsp_jax.models.weights import (
     WeightPlace,
@@ -19,7 +27,17 @@ __all__ = [
     "Bert",
     "BertClassifier",
     "BertConfig",
+    "BertMaskedLm",
+    "BertTokenClassifier",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderLm",
     "Family",
+    "Roberta",
+    "RobertaClassifier",
+    "RobertaConfig",
+    "RobertaMaskedLm",
+    "RobertaTokenClassifier",
     "Vit",
     "VitClassifier",
     "VitConfig",

@@ -1,18 +1,33 @@
 """Model types that have a family here: how each is built from a Hugging Face config and run on a batch."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flax import nnx
 from jaxtyping import Array
 
-from rgsp_jax.models.bert import Bert, BertClassifier, BertConfig
+from rgsp_jax.errors import RefusedError
+from rgsp_jax.models.bert import Bert, BertClassifier, BertConfig, BertMaskedLm, BertTokenClassifier
+from rgsp_jax.models.decoder import KINDS, Decoder, DecoderConfig, DecoderLm
+from rgsp_jax.models.roberta import (
+    Roberta,
+    RobertaClassifier,
+    RobertaConfig,
+    RobertaMaskedLm,
+    RobertaTokenClassifier,
+)
 from rgsp_jax.models.vit import Vit, VitClassifier, VitConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Key on disk -> shape there: which heads a checkpoint holds, and how many classes they have."""
-HEAD = "classifier.weight"
+HEAD, ROBERTA_HEAD, LM_HEAD = "classifier.weight", "classifier.out_proj.weight", "lm_head.weight"
+
+
+def read_max_tokens(config: Mapping[str, Any]) -> int:
+    """Length of the longest text, of models that embed every position."""
+    return int(config.get("max_position_embeddings", 512))
 
 
 class Family(NamedTuple):
@@ -27,21 +42,55 @@ class Family(NamedTuple):
     """Names of the arrays that `run` takes, of those that Hugging Face models are called with."""
     run: Callable[[Any, Mapping[str, Array]], Any]
     """(model, named arrays) -> its output, every layer applied that such a batch reaches."""
+    max_tokens: Callable[[Mapping[str, Any]], int] = read_max_tokens
+    """Parsed config.json -> length of the longest text."""
+
+
+def holds(shapes: Shapes, name: str) -> bool:
+    """Whether a checkpoint holds a key of that name, after any prefix."""
+    return any(key == name or key.endswith(f".{name}") for key in shapes)
+
+
+def check_tied(config: Mapping[str, Any]) -> None:
+    """Refuse a masked-LM head with output embeddings of its own."""
+    if not config.get("tie_word_embeddings", True):
+        raise RefusedError("config field 'tie_word_embeddings' is False; the masked-LM heads here are tied only")
 
 
 def build_bert(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
-    """A BERT of the config's sizes, with the pooler and the classifier that the checkpoint holds."""
-    pooler = any(name.endswith("pooler.dense.weight") for name in shapes)
-    sizes = BertConfig.from_huggingface(config, pooler=pooler)
+    """A BERT of the config's sizes, with the pooler and the head that the checkpoint holds."""
+    sizes = BertConfig.from_huggingface(config, pooler=holds(shapes, "pooler.dense.weight"))
+    if "cls.predictions.bias" in shapes:
+        check_tied(config)
+        relation = "cls.seq_relationship.weight" in shapes
+        return nnx.eval_shape(lambda: BertMaskedLm(sizes, next_sentence=relation, rngs=nnx.Rngs(0)))
     if HEAD in shapes:
-        return nnx.eval_shape(lambda: BertClassifier(sizes, shapes[HEAD][0], rngs=nnx.Rngs(0)))
+        classifier = BertClassifier if sizes.pooler else BertTokenClassifier
+        return nnx.eval_shape(lambda: classifier(sizes, shapes[HEAD][0], rngs=nnx.Rngs(0)))
     return nnx.eval_shape(lambda: Bert(sizes, rngs=nnx.Rngs(0)))
 
 
+def build_roberta(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
+    """A RoBERTa of the config's sizes, with the pooler and the head that the checkpoint holds."""
+    sizes = RobertaConfig.from_huggingface(config, pooler=holds(shapes, "pooler.dense.weight"))
+    if "lm_head.bias" in shapes:
+        check_tied(config)
+        return nnx.eval_shape(lambda: RobertaMaskedLm(sizes, rngs=nnx.Rngs(0)))
+    if ROBERTA_HEAD in shapes:
+        return nnx.eval_shape(lambda: RobertaClassifier(sizes, shapes[ROBERTA_HEAD][0], rngs=nnx.Rngs(0)))
+    if HEAD in shapes:
+        return nnx.eval_shape(lambda: RobertaTokenClassifier(sizes, shapes[HEAD][0], rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Roberta(sizes, rngs=nnx.Rngs(0)))
+
+
 def run_bert(model: Any, batch: Mapping[str, Array]) -> Any:
-    """The logits, or the pooled or last hidden states of a model without a head."""
-    output = model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-    return output if hasattr(model, "head") or model.pooler is None else model.pool(output)
+    """The logits (both of a pretraining model), or the pooled or last hidden states of a model without a head."""
+    inputs = (batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
+    if isinstance(model, BertMaskedLm) and model.relation is not None:
+        hidden = model.encoder(*inputs)
+        return model.head(hidden, model.encoder.word), model.relate(hidden)
+    output = model(*inputs)
+    return model.pool(output) if isinstance(model, Bert) and model.pooler is not None else output
 
 
 def build_vit(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
@@ -52,12 +101,33 @@ def build_vit(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
     return nnx.eval_shape(lambda: Vit(sizes, rngs=nnx.Rngs(0)))
 
 
+def build_decoder(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
+    """A decoder of the config's sizes, with the head, tied or its own, that the checkpoint holds."""
+    sizes = DecoderConfig.from_huggingface(config)
+    if any(key.startswith("model.") for key in shapes):
+        tied = sizes.tie_word_embeddings and LM_HEAD not in shapes
+        return nnx.eval_shape(lambda: DecoderLm(replace(sizes, tie_word_embeddings=tied), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Decoder(sizes, rngs=nnx.Rngs(0)))
+
+
+def run_text(model: Any, batch: Mapping[str, Array]) -> Any:
+    """The logits, or the last hidden states of a model without a head."""
+    return model(batch["input_ids"], batch["attention_mask"])
+
+
 TEXT = frozenset({"input_ids", "attention_mask"})
 IMAGE = frozenset({"pixel_values"})
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "bert": Family(build_bert, TEXT | {"token_type_ids"}, run_bert),
+        **{
+            name: Family(
+                build_roberta, TEXT, run_bert, lambda config: RobertaConfig.from_huggingface(config).max_tokens
+            )
+            for name in RobertaConfig.model_types
+        },
+        **dict.fromkeys(KINDS, Family(build_decoder, TEXT, run_text)),
         "vit": Family(build_vit, IMAGE, lambda model, batch: model(batch["pixel_values"])),
     }
 )

@@ -57,6 +57,26 @@ def test_pairs_of_texts(tmp_path):
         assert np.array_equal(counts, np.bincount([tiny.VOCABULARY[w] for w in words], minlength=len(counts)))
 
 
+@pytest.mark.parametrize("kind", ["RobertaForSequenceClassification", "BertForPreTraining"])
+def test_heads_and_position_limits(tmp_path, kind):
+    kind = getattr(tiny.transformers, kind)
+    config = kind.config_class(
+        vocab_size=len(tiny.VOCABULARY), max_position_embeddings=8, type_vocab_size=1, pad_token_id=0, **tiny.LAYERS
+    )
+    model = tiny.save_model(tmp_path / "model", kind(config), tiny.make_tokenizer())
+    texts = tiny.draw_texts(15)
+    left, right = collect_both(model, tiny.write_texts(tmp_path / "data.jsonl", texts), tmp_path)
+    with left, right:
+        check_agreement(left, right)
+        limit = 7 if "Roberta" in kind.__name__ else 8
+        words = [min(limit, len(text.split())) for text in texts]
+        assert max(map(len, map(str.split, texts))) == 8
+        name = next(name for name in left.site_of if name.endswith("layer.0.attention.self.query.weight"))
+        counted = next(site for site in left.site_of.values() if site.kind == "counts")
+        counts = sum(left.read(counted.name, part).sum() for part in ("counts", "held_back_counts"))
+        assert counts == sum(words) and left.site_of[name].rows < sum(words)
+
+
 def test_vit(tmp_path):
     model = tiny.save_model(tmp_path / "model", tiny.make_vit(3))
     pixels = np.random.default_rng(0).standard_normal((11, 1, 8, 8)).astype(np.float32)
@@ -71,9 +91,9 @@ def test_what_the_flax_families_cannot_do_is_refused(tmp_path):
     settings = CovarianceSettings(backend="flax")
     data = tiny.write_texts(tmp_path / "data.jsonl", tiny.draw_texts(3))
     out = tmp_path / "c.safetensors"
-    gpt2 = tiny.save_model(tmp_path / "gpt2", tiny.make_gpt2(), tiny.make_tokenizer())
-    with pytest.raises(RefusedError, match="the Flax families here are bert, vit"):
-        collect_covariances(gpt2, data, out, settings)
+    mixtral = tiny.save_model(tmp_path / "mixtral", tiny.make_mixtral(), tiny.make_tokenizer())
+    with pytest.raises(RefusedError, match="'mixtral'; the Flax families here are bert, "):
+        collect_covariances(mixtral, data, out, settings)
     vit = tiny.save_model(tmp_path / "vit", tiny.make_vit())
     with pytest.raises(RefusedError, match="takes images alone"):
         collect_covariances(vit, data, out, settings)
