@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,3 +178,23 @@ class GatedMlp(nnx.Module):
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Apply the MLP to the last axis."""
         return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class PreNormLayer(nnx.Module):
+    """One pre-norm layer of parts already built: `x = x + attention(norm(x)); x = x + mlp(norm(x))`."""
+
+    def __init__(self, attention_norm: nnx.Module, attention: nnx.Module, mlp_norm: nnx.Module, mlp: nnx.Module):
+        self.attention_norm: Any = attention_norm
+        self.attention: Any = attention
+        self.mlp_norm: Any = mlp_norm
+        self.mlp: Any = mlp
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time width"],
+        mask: Bool[Array, "#batch #heads #time time"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "batch time width"]:
+        """Apply the layer; `mask` is True where the key may be seen, `options` are the attention's further arguments."""
+        x = x + self.attention(self.attention_norm(x), mask, **options)
+        return x + self.mlp(self.mlp_norm(x))

@@ -26,10 +26,15 @@ def randomise(model):
     return model.eval()
 
 
-def draw_tokens(seed=0, lengths=(TIME, 4, 1)):
-    """Token ids of texts of those lengths, and the mask of what is no padding, both int32 [texts, TIME]."""
+def draw_tokens(seed=0, lengths=(TIME, 4, 1, -6)):
+    """Token ids of texts of those lengths, and the mask of what is no padding, both int32 [texts, TIME].
+
+    Padding is on the right, and on the left of a text of negative length.
+    """
     ids = np.random.default_rng(seed).integers(0, VOCABULARY, (len(lengths), TIME))
-    return ids.astype(np.int32), (np.arange(TIME)[None] < np.array(lengths)[:, None]).astype(np.int32)
+    right = np.arange(TIME)[None] < np.abs(lengths)[:, None]
+    mask = np.where(np.array(lengths)[:, None] < 0, right[:, ::-1], right)
+    return ids.astype(np.int32), mask.astype(np.int32)
 
 
 def as_torch(*arrays):
