@@ -1,8 +1,20 @@
 """flax.nnx model families: a config and its wiring each, shared pieces, and weights mapped as data."""
 
 from rgsp_jax.models.bert import Bert, BertClassifier, BertConfig, BertMaskedLm, BertTokenClassifier
+from rgsp_jax.models.clip import (
+    Clip,
+    ClipConfig,
+    ClipOutput,
+    ClipText,
+    ClipTextConfig,
+    ClipTextProjection,
+    ClipVision,
+    ClipVisionConfig,
+    ClipVisionProjection,
+)
 from rgsp_jax.models.decoder import Decoder, DecoderConfig, DecoderLm
 from rgsp_jax.models.families import FAMILIES, Family
+from rgsp_jax.models.gpt2 import Gpt2, Gpt2Config, Gpt2Lm, Gpt2OpenAi
 from rgsp_jax.models.roberta import (
     Roberta,
     RobertaClassifier,
@@ -29,10 +41,23 @@ __all__ = [
     "BertConfig",
     "BertMaskedLm",
     "BertTokenClassifier",
+    "Clip",
+    "ClipConfig",
+    "ClipOutput",
+    "ClipText",
+    "ClipTextConfig",
+    "ClipTextProjection",
+    "ClipVision",
+    "ClipVisionConfig",
+    "ClipVisionProjection",
     "Decoder",
     "DecoderConfig",
     "DecoderLm",
     "Family",
+    "Gpt2",
+    "Gpt2Config",
+    "Gpt2Lm",
+    "Gpt2OpenAi",
     "Roberta",
     "RobertaClassifier",
     "RobertaConfig",

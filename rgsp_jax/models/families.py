@@ -10,7 +10,18 @@ from jaxtyping import Array
 
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.models.bert import Bert, BertClassifier, BertConfig, BertMaskedLm, BertTokenClassifier
+from rgsp_jax.models.clip import (
+    Clip,
+    ClipConfig,
+    ClipText,
+    ClipTextConfig,
+    ClipTextProjection,
+    ClipVision,
+    ClipVisionConfig,
+    ClipVisionProjection,
+)
 from rgsp_jax.models.decoder import KINDS, Decoder, DecoderConfig, DecoderLm
+from rgsp_jax.models.gpt2 import Gpt2, Gpt2Config, Gpt2Lm, Gpt2OpenAi
 from rgsp_jax.models.roberta import (
     Roberta,
     RobertaClassifier,
@@ -94,11 +105,17 @@ def run_bert(model: Any, batch: Mapping[str, Array]) -> Any:
 
 
 def build_vit(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
-    """A ViT of the config's sizes, with the classifier that the checkpoint holds."""
-    sizes = VitConfig.from_huggingface(config)
+    """A ViT of the config's sizes, with the pooler or the classifier that the checkpoint holds."""
+    sizes = VitConfig.from_huggingface(config, pooler=holds(shapes, "pooler.dense.weight"))
     if HEAD in shapes:
         return nnx.eval_shape(lambda: VitClassifier(sizes, shapes[HEAD][0], rngs=nnx.Rngs(0)))
     return nnx.eval_shape(lambda: Vit(sizes, rngs=nnx.Rngs(0)))
+
+
+def run_vit(model: Any, batch: Mapping[str, Array]) -> Any:
+    """The logits, or the pooled or last hidden states of a model without a head."""
+    output = model(batch["pixel_values"])
+    return model.pool(output) if isinstance(model, Vit) and model.pooler is not None else output
 
 
 def build_decoder(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
@@ -110,9 +127,51 @@ def build_decoder(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
     return nnx.eval_shape(lambda: Decoder(sizes, rngs=nnx.Rngs(0)))
 
 
+def build_gpt2(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
+    """A GPT-2 of the config's sizes, with the head, tied or its own, that the checkpoint holds.
+
+    OpenAI's own checkpoints have the keys of a model without a head; their config names the one with a tied head.
+    """
+    sizes = Gpt2Config.from_huggingface(config)
+    sizes = replace(sizes, tie_word_embeddings=sizes.tie_word_embeddings and LM_HEAD not in shapes)
+    if any(key.startswith("transformer.") for key in shapes):
+        return nnx.eval_shape(lambda: Gpt2Lm(sizes, rngs=nnx.Rngs(0)))
+    if LM_HEAD in shapes or "GPT2LMHeadModel" in (config.get("architectures") or ()):
+        return nnx.eval_shape(lambda: Gpt2OpenAi(sizes, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Gpt2(sizes, rngs=nnx.Rngs(0)))
+
+
 def run_text(model: Any, batch: Mapping[str, Array]) -> Any:
     """The logits, or the last hidden states of a model without a head."""
     return model(batch["input_ids"], batch["attention_mask"])
+
+
+def build_clip(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
+    """A CLIP of the config's sizes."""
+    sizes = ClipConfig.from_huggingface(config)
+    if HEAD in shapes:
+        raise RefusedError(f"the checkpoint holds {HEAD!r}: CLIP's image classifier is no family here")
+    return nnx.eval_shape(lambda: Clip(sizes, rngs=nnx.Rngs(0)))
+
+
+def build_clip_text(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
+    """CLIP's text tower of the config's sizes, with the projection that the checkpoint holds."""
+    sizes = ClipTextConfig.from_huggingface(config)
+    kind = ClipTextProjection if "text_projection.weight" in shapes else ClipText
+    return nnx.eval_shape(lambda: kind(sizes, rngs=nnx.Rngs(0)))
+
+
+def build_clip_vision(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
+    """CLIP's image tower of the config's sizes, with the projection that the checkpoint holds."""
+    sizes = ClipVisionConfig.from_huggingface(config)
+    kind = ClipVisionProjection if "visual_projection.weight" in shapes else ClipVision
+    return nnx.eval_shape(lambda: kind(sizes, rngs=nnx.Rngs(0)))
+
+
+def run_clip_vision(model: Any, batch: Mapping[str, Array]) -> Any:
+    """The projected images, or the pooled states of a tower alone."""
+    output = model(batch["pixel_values"])
+    return model.pool(output) if isinstance(model, ClipVision) else output
 
 
 TEXT = frozenset({"input_ids", "attention_mask"})
@@ -128,7 +187,21 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             for name in RobertaConfig.model_types
         },
         **dict.fromkeys(KINDS, Family(build_decoder, TEXT, run_text)),
-        "vit": Family(build_vit, IMAGE, lambda model, batch: model(batch["pixel_values"])),
+        "gpt2": Family(build_gpt2, TEXT, run_text, lambda config: Gpt2Config.from_huggingface(config).n_positions),
+        "clip": Family(
+            build_clip,
+            TEXT | IMAGE,
+            lambda model, batch: model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]),
+            lambda config: ClipConfig.from_huggingface(config).text.max_position_embeddings,
+        ),
+        "clip_text_model": Family(
+            build_clip_text,
+            TEXT,
+            run_text,
+            lambda config: ClipTextConfig.from_huggingface(config).max_position_embeddings,
+        ),
+        "clip_vision_model": Family(build_clip_vision, IMAGE, run_clip_vision),
+        "vit": Family(build_vit, IMAGE, run_vit),
     }
 )
 """`model_type` of a config.json -> its family. Images are [batch, height, width, channels]."""

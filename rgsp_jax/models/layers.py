@@ -32,6 +32,12 @@ def check_activation(name: str, field: str) -> None:
         raise RefusedError(f"config field {field!r} is {name!r}; known activations: {', '.join(sorted(ACTIVATIONS))}")
 
 
+def check_image_shape(shape: tuple[int, ...], size: int, channels: int) -> None:
+    """Raise ValueError unless `shape` is [batch, size, size, channels]."""
+    if shape[1:] != (size, size, channels):
+        raise ValueError(f"images {list(shape)}; [batch, {size}, {size}, {channels}] are needed")
+
+
 def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Return a LayerNorm over the last axis, with the two-pass variance that PyTorch computes."""
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
@@ -148,6 +154,34 @@ class Attention(nnx.Module):
         return self.output(attend(query, key, value, mask, bias=bias, scale=self.scale))
 
 
+class FusedAttention(nnx.Module):
+    """Multi-head softmax attention whose query, key and value are one projection, in this order.
+
+    Args:
+        width: of the input and the output, a multiple of `heads`.
+        scale: of the logits; None is `1 / sqrt(width / heads)`.
+    """
+
+    def __init__(self, width: int, heads: int, *, scale: float | None = None, rngs: nnx.Rngs):
+        self.heads = heads
+        self.scale = scale
+        self.fused = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.output = nnx.Linear(width, width, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time width"],
+        mask: Bool[Array, "#batch #heads #time time"] | None = None,
+        *,
+        rotation: Rotation | None = None,
+    ) -> Float[Array, "batch time width"]:
+        """Attend over `x`; `mask` is True where the key may be seen, `rotation` turns queries and keys."""
+        query, key, value = (split_heads(part, self.heads) for part in jnp.split(self.fused(x), 3, axis=-1))
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        return self.output(attend(query, key, value, mask, scale=self.scale))
+
+
 def split_heads(x: Float[Array, "batch time width"], heads: int) -> Float[Array, "batch time heads head_width"]:
     """Return `x` with its last axis cut into `heads` equal parts."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
@@ -195,6 +229,29 @@ class PreNormLayer(nnx.Module):
         mask: Bool[Array, "#batch #heads #time time"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch time width"]:
-        """Apply the layer; `mask` is True where the key may be seen, `options` are the attention's further arguments."""
+        """Apply the layer; `mask` is True where the key may be seen, `options` are the attention's other arguments."""
         x = x + self.attention(self.attention_norm(x), mask, **options)
         return x + self.mlp(self.mlp_norm(x))
+
+
+class CausalLm(nnx.Module):
+    """A decoder with a head that gives the logits of the next token: its word embedding again, or a matrix of its own.
+
+    Args:
+        decoder: module of (input_ids, attention_mask) with an embedding `word`.
+        tied: whether the head is that embedding.
+    """
+
+    def __init__(self, decoder: Any, *, tied: bool, rngs: nnx.Rngs):
+        self.decoder = decoder
+        word = self.decoder.word
+        self.head = None if tied else nnx.Linear(word.features, word.num_embeddings, use_bias=False, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch time"],
+        attention_mask: Int[Array, "batch time"] | Bool[Array, "batch time"] | None = None,
+    ) -> Float[Array, "batch time vocabulary"]:
+        """Return the logits of the next token at every position."""
+        hidden = self.decoder(input_ids, attention_mask)
+        return self.decoder.word.attend(hidden) if self.head is None else self.head(hidden)

@@ -9,7 +9,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rgsp_jax.errors import RefusedError
-from rgsp_jax.models.layers import Attention, Mlp, check_activation, layer_norm
+from rgsp_jax.models.layers import (
+    ACTIVATIONS,
+    Attention,
+    Mlp,
+    PreNormLayer,
+    check_activation,
+    check_image_shape,
+    layer_norm,
+)
 from rgsp_jax.models.weights import WeightRule, WeightTable, conv2d, linear, nest, norm
 
 
@@ -30,9 +38,14 @@ class VitConfig:
     patch_size: int = 16
     num_channels: int = 3
     qkv_bias: bool = True
+    pooler: bool = False
+    pooler_output_size: int | None = None
+    """None is `hidden_size`."""
+    pooler_act: str = "tanh"
 
     def __post_init__(self):
         check_activation(self.hidden_act, "hidden_act")
+        check_activation(self.pooler_act, "pooler_act")
         problems = [
             f"config field {whole!r} is {getattr(self, whole)}, not a multiple of {part!r} = {getattr(self, part)}"
             for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size"))
@@ -42,8 +55,11 @@ class VitConfig:
             raise RefusedError(problems)
 
     @classmethod
-    def from_huggingface(cls, config: Mapping[str, Any]) -> "VitConfig":
-        """Read a parsed `config.json`; RefusedError if it describes another model type or non-square images."""
+    def from_huggingface(cls, config: Mapping[str, Any], *, pooler: bool = False) -> "VitConfig":
+        """Read a parsed `config.json`; `pooler` says whether the checkpoint holds `pooler.dense` (the file does not).
+
+        Raises RefusedError if it describes another model type or images that are not square.
+        """
         if config.get("model_type", "vit") != "vit":
             raise RefusedError(f"config field 'model_type' is {config['model_type']!r}; the family here is 'vit'")
         problems = [
@@ -53,11 +69,13 @@ class VitConfig:
         ]
         if problems:
             raise RefusedError(problems)
-        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+        names = {field.name for field in fields(cls)} - {"pooler"}
+        return cls(**{name: config[name] for name in names if name in config}, pooler=pooler)
 
     def to_huggingface(self) -> dict[str, Any]:
         """Return the content of a `config.json` that transformers' ViTModel reads."""
-        return {"architectures": ["ViTModel"], "model_type": "vit", **asdict(self)}
+        sizes = {name: value for name, value in asdict(self).items() if name != "pooler"}
+        return {"architectures": ["ViTModel"], "model_type": "vit", **sizes}
 
     @property
     def patches(self) -> int:
@@ -65,19 +83,15 @@ class VitConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-class VitLayer(nnx.Module):
-    """One pre-norm layer: `x = x + attention(norm(x)); x = x + mlp(norm(x))`."""
-
-    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
-        self.attention = Attention(config.hidden_size, config.num_attention_heads, use_bias=config.qkv_bias, rngs=rngs)
-        self.mlp_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
-        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.hidden_act, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        """Apply the layer."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+def encoder_layer(config: VitConfig, *, rngs: nnx.Rngs) -> PreNormLayer:
+    """Return one layer of the encoder."""
+    width = config.hidden_size
+    return PreNormLayer(
+        attention_norm=layer_norm(width, config.layer_norm_eps, rngs=rngs),
+        attention=Attention(width, config.num_attention_heads, use_bias=config.qkv_bias, rngs=rngs),
+        mlp_norm=layer_norm(width, config.layer_norm_eps, rngs=rngs),
+        mlp=Mlp(width, config.intermediate_size, config.hidden_act, rngs=rngs),
+    )
 
 
 VIT_TABLE = WeightTable(
@@ -94,13 +108,14 @@ VIT_TABLE = WeightTable(
         *linear("encoder.layer.{layer}.intermediate.dense", "layers.{layer}.mlp.up"),
         *linear("encoder.layer.{layer}.output.dense", "layers.{layer}.mlp.down"),
         *norm("layernorm", "final_norm"),
+        *linear("pooler.dense", "pooler"),
     ),
     prefixes=("vit.",),
 )
 
 
 class Vit(nnx.Module):
-    """Vision transformer encoder; equal to transformers' ViTModel (no pooler) in evaluation mode."""
+    """Vision transformer encoder; equal to transformers' ViTModel in evaluation mode."""
 
     weight_table: ClassVar[WeightTable] = VIT_TABLE
 
@@ -111,17 +126,28 @@ class Vit(nnx.Module):
         self.patch = nnx.Conv(config.num_channels, width, size, strides=size, padding="VALID", rngs=rngs)
         self.class_token = nnx.Param(draw(rngs.params(), (1, 1, width), jnp.float32))
         self.position = nnx.Param(draw(rngs.params(), (1, 1 + config.patches, width), jnp.float32))
-        self.layers = nnx.List([VitLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([encoder_layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
         self.final_norm = layer_norm(width, config.layer_norm_eps, rngs=rngs)
+        self.pooler = nnx.Linear(width, config.pooler_output_size or width, rngs=rngs) if config.pooler else None
 
     def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch time hidden"]:
-        """Return the last hidden states: the class token first, then the patches in reading order."""
+        """Return the last hidden states: the class token first, then the patches in reading order.
+
+        Raises ValueError at trace time for images of another size: position embeddings are not interpolated.
+        """
+        check_image_shape(images.shape, self.config.image_size, self.config.num_channels)
         patches = self.patch(images).reshape(images.shape[0], self.config.patches, self.config.hidden_size)
         start = jnp.broadcast_to(self.class_token[...], (images.shape[0], 1, self.config.hidden_size))
         x = jnp.concatenate([start, patches], axis=1) + self.position[...]
         for layer in self.layers:
             x = layer(x)
         return self.final_norm(x)
+
+    def pool(self, hidden: Float[Array, "batch time hidden"]) -> Float[Array, "batch pooled"]:
+        """Return the activated linear map of the class token; ValueError if the config has no pooler."""
+        if self.pooler is None:
+            raise ValueError("this ViT was configured without a pooler")
+        return ACTIVATIONS[self.config.pooler_act](self.pooler(hidden[:, 0]))
 
 
 class VitClassifier(nnx.Module):

@@ -7,7 +7,7 @@ integers, so that a template is a regular expression in either direction and the
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -70,11 +70,25 @@ def conv2d(key: str, path: str) -> tuple[WeightRule, WeightRule]:
     return WeightRule(f"{key}.weight", f"{path}.kernel", "conv2d"), WeightRule(f"{key}.bias", f"{path}.bias")
 
 
+def conv3d(key: str, path: str) -> tuple[WeightRule, WeightRule]:
+    """Return the rules of a Conv3d: (out, in, time, height, width) there, (time, height, width, in, out) in flax."""
+    return WeightRule(f"{key}.weight", f"{path}.kernel", "conv3d"), WeightRule(f"{key}.bias", f"{path}.bias")
+
+
 def nest(table: WeightTable, key_prefix: str, path_prefix: str, rules: Sequence[WeightRule] = ()) -> WeightTable:
     """Return the table of a model that holds `table`'s model as a part and adds `rules` of its own."""
     inner = tuple(WeightRule(key_prefix + r.key, path_prefix + r.path, r.operation) for r in table.rules)
     ignored = tuple(re.escape(key_prefix) + pattern for pattern in table.ignored)
     return WeightTable(inner + tuple(rules), ignored=ignored, renames=table.renames)
+
+
+def join(*tables: WeightTable) -> WeightTable:
+    """Return the table of a model that holds the models of `tables`, each nested already, side by side."""
+    return WeightTable(
+        tuple(rule for table in tables for rule in table.rules),
+        ignored=tuple(pattern for table in tables for pattern in table.ignored),
+        renames=tuple(rename for table in tables for rename in table.renames),
+    )
 
 
 def map_weights(model: nnx.Module) -> dict[str, WeightPlace]:
@@ -174,19 +188,30 @@ def _paths_of(tree: Mapping) -> set[str]:
     return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)}
 
 
+def normalise_key(name: str, expected: Container[str], table: WeightTable) -> str | None:
+    """Return the table's key for a name in a checkpoint, None for what is no weight.
+
+    A name that the table does not know comes back with its renames made, and is not in `expected`.
+    """
+    key = name
+    for pattern, replacement in table.renames:
+        key = re.sub(pattern, replacement, key)
+    if key not in expected:
+        key = next((key.removeprefix(p) for p in table.prefixes if key.startswith(p)), key)
+    if key not in expected and any(re.fullmatch(pattern, key) for pattern in table.ignored):
+        return None
+    return key
+
+
 def _normalise_keys(
-    names: Iterable[str], expected: Mapping[str, WeightPlace], table: WeightTable
+    names: Iterable[str], expected: Container[str], table: WeightTable
 ) -> tuple[dict[str, str], list[str]]:
     """Return table key -> name in the checkpoint, and a problem for each two names with the same key."""
     given: dict[str, str] = {}
     problems = []
     for name in names:
-        key = name
-        for pattern, replacement in table.renames:
-            key = re.sub(pattern, replacement, key)
-        if key not in expected:
-            key = next((key.removeprefix(p) for p in table.prefixes if key.startswith(p)), key)
-        if key not in expected and any(re.fullmatch(pattern, key) for pattern in table.ignored):
+        key = normalise_key(name, expected, table)
+        if key is None:
             continue
         if key in given:
             problems.append(f"weights {given[key]!r} and {name!r} are the same weight; keep one")
