@@ -10,7 +10,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from rgsp_jax.errors import RefusedError
-from rgsp_jax.models.layers import ACTIVATIONS, Attention, GatedMlp, causal_mask, padding_mask, rms_norm
+from rgsp_jax.models.layers import (
+    ACTIVATIONS,
+    Attention,
+    CausalLm,
+    GatedMlp,
+    PreNormLayer,
+    causal_mask,
+    padding_mask,
+    rms_norm,
+)
 from rgsp_jax.models.rotary import Rotary, Rotation, rotation_of
 from rgsp_jax.models.weights import WeightTable, embedding, linear, nest, norm
 
@@ -193,13 +202,12 @@ class DecoderConfig:
         )
 
 
-class DecoderLayer(nnx.Module):
-    """One pre-norm layer: `x = x + attention(norm(x)); x = x + mlp(norm(x))`."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        width, epsilon = config.hidden_size, config.rms_norm_eps
-        self.attention_norm = rms_norm(width, epsilon, rngs=rngs)
-        self.attention = Attention(
+def decoder_layer(config: DecoderConfig, *, rngs: nnx.Rngs) -> PreNormLayer:
+    """Return one layer of the decoder."""
+    width, epsilon = config.hidden_size, config.rms_norm_eps
+    return PreNormLayer(
+        attention_norm=rms_norm(width, epsilon, rngs=rngs),
+        attention=Attention(
             width,
             config.num_attention_heads,
             groups=config.num_key_value_heads,
@@ -208,16 +216,10 @@ class DecoderLayer(nnx.Module):
             output_bias=config.output_bias,
             head_norm=epsilon if config.head_norms else None,
             rngs=rngs,
-        )
-        self.mlp_norm = rms_norm(width, epsilon, rngs=rngs)
-        self.mlp = GatedMlp(width, config.intermediate_size, config.hidden_act, use_bias=config.mlp_bias, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "batch time width"], mask: Bool[Array, "#batch 1 time time"], rotation: Rotation
-    ) -> Float[Array, "batch time width"]:
-        """Apply the layer; `mask` is True where a key (last axis) may be seen."""
-        x = x + self.attention(self.attention_norm(x), mask, rotation=rotation)
-        return x + self.mlp(self.mlp_norm(x))
+        ),
+        mlp_norm=rms_norm(width, epsilon, rngs=rngs),
+        mlp=GatedMlp(width, config.intermediate_size, config.hidden_act, use_bias=config.mlp_bias, rngs=rngs),
+    )
 
 
 DECODER_TABLE = WeightTable(
@@ -249,7 +251,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.word = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([decoder_layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
         self.final_norm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
 
     def __call__(
@@ -277,31 +279,14 @@ class Decoder(nnx.Module):
         if attention_mask is not None:
             masks = {window: mask & padding_mask(attention_mask) for window, mask in masks.items()}
         for layer, window in zip(self.layers, windows, strict=True):
-            x = layer(x, masks[window], rotation)
+            x = layer(x, masks[window], rotation=rotation)
         return self.final_norm(x)
 
 
-class DecoderLm(nnx.Module):
-    """Causal decoder with a linear head on the tokens; equal to transformers' LlamaForCausalLM and its like.
-
-    A tied head is the word embedding itself; an untied one is a Linear without bias.
-    """
+class DecoderLm(CausalLm):
+    """Causal decoder with a head; equal to transformers' LlamaForCausalLM and its like in evaluation mode."""
 
     weight_table: ClassVar[WeightTable] = nest(DECODER_TABLE, "model.", "decoder.", linear("lm_head", "head"))
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.decoder = Decoder(config, rngs=rngs)
-        self.head = (
-            None
-            if config.tie_word_embeddings
-            else nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
-        )
-
-    def __call__(
-        self,
-        input_ids: Int[Array, "batch time"],
-        attention_mask: Int[Array, "batch time"] | Bool[Array, "batch time"] | None = None,
-    ) -> Float[Array, "batch time vocabulary"]:
-        """Return the logits of the next token at every position."""
-        hidden = self.decoder(input_ids, attention_mask)
-        return self.decoder.word.attend(hidden) if self.head is None else self.head(hidden)
+        super().__init__(Decoder(config, rngs=rngs), tied=config.tie_word_embeddings, rngs=rngs)
