@@ -9,8 +9,9 @@ import torch
 
 from rgsp_jax.activations.examples import Example, check_images, load_image
 from rgsp_jax.activations.settings import CovarianceSettings, Prepared
-from rgsp_jax.activations.torch_model import load_image_processor, load_processor, load_tokenizer, quiet
+from rgsp_jax.activations.torch_model import load_image_processor, load_processor, load_tokenizer
 from rgsp_jax.checkpoint import Checkpoint
+from rgsp_jax.checkpoint.huggingface import quiet
 from rgsp_jax.checkpoint.safetensors_header import describe_failure
 from rgsp_jax.errors import RefusedError
 

@@ -1,8 +1,6 @@
 """A Hugging Face model in memory for one purpose: its forward pass. Nothing of the checkpoint's own code is run."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,59 +9,12 @@ import torch
 import transformers
 
 from rgsp_jax.checkpoint import Checkpoint
+from rgsp_jax.checkpoint.huggingface import LOCAL, choose_architecture, quiet
 from rgsp_jax.checkpoint.safetensors_header import describe_failure
 from rgsp_jax.checkpoint.specs import BFLOAT16
 from rgsp_jax.errors import RefusedError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without bars and remarks of its own."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def load_config(checkpoint: Checkpoint) -> Any:
-    """The model's config; RefusedError where transformers has no such family."""
-    directory = require_directory(checkpoint)
-    try:
-        with quiet():
-            return transformers.AutoConfig.from_pretrained(directory, **LOCAL)
-    except Exception as error:
-        kind = (checkpoint.config or {}).get("model_type")
-        raise RefusedError(
-            f"{directory}: transformers {transformers.__version__} cannot run a model of type {kind!r} (code that lies "
-            f"in a checkpoint is never run): {describe_failure(error)}"
-        ) from None
-
-
-def require_directory(checkpoint: Checkpoint) -> Path:
-    """The model's directory, which must have a config.json."""
-    if checkpoint.config is None:
-        raise RefusedError(
-            f"{checkpoint.path} has no config.json beside its weights: covariances need the model's whole directory"
-        )
-    return checkpoint.path
-
-
-def choose_class(config: Any) -> Any:
-    """The first of the config's architectures that transformers has itself, otherwise AutoModel."""
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    return transformers.AutoModel
 
 
 def load_model(checkpoint: Checkpoint, config: Any, dtype: str) -> tuple[torch.nn.Module, tuple[str, ...]]:
@@ -80,7 +31,7 @@ def load_model(checkpoint: Checkpoint, config: Any, dtype: str) -> tuple[torch.n
         options["use_safetensors"] = False
     try:
         with quiet():
-            loaded, info = choose_class(config).from_pretrained(checkpoint.path, **options)
+            loaded, info = choose_architecture(config).from_pretrained(checkpoint.path, **options)
             if hasattr(loaded, "set_experts_implementation"):
                 loaded.set_experts_implementation("eager")  # one expert at a time: its inputs are seen alone
     except Exception as error:

@@ -12,8 +12,9 @@ from rgsp_jax.activations.examples import Example
 from rgsp_jax.activations.settings import CovarianceSettings, Prepared, Receive
 from rgsp_jax.activations.sites import InputSite, find_mismatch, match_weights
 from rgsp_jax.activations.torch_inputs import Batch, add_decoder_inputs, choose_encoder, widen_batch
-from rgsp_jax.activations.torch_model import load_config, load_model, view_parameters
+from rgsp_jax.activations.torch_model import load_model, view_parameters
 from rgsp_jax.checkpoint import Checkpoint
+from rgsp_jax.checkpoint.huggingface import load_config
 from rgsp_jax.checkpoint.specs import DTYPES
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.rules import EXPERT_NAMES

@@ -1,12 +1,13 @@
 """Orbax checkpoints: one array at a time, as NumPy arrays, through the v1 interface."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rgsp_jax.checkpoint.manifest import find_manifest
 from rgsp_jax.checkpoint.safetensors_header import cap, describe_failure
 from rgsp_jax.checkpoint.specs import DTYPE_CODES, Checkpoint, TensorSpec, unsupported_dtype
 from rgsp_jax.errors import RefusedError
@@ -60,12 +61,13 @@ class OrbaxCheckpoint(Checkpoint):
 
     Optimiser state and random keys at the top level are left out; scalars, strings and empty nodes are no tensors
     (`convert_to_orbax` carries them over). Arrays are loaded whole, small ones of equal shape together, and kept until
-    their last element was read or about 128 MiB are kept.
+    their last element was read or about 128 MiB are kept. `manifest` is that of the conversion which the checkpoint
+    came from, None where it came from elsewhere.
     """
 
     format = "orbax"
 
-    def __init__(self, path: Path, **companions: Any):
+    def __init__(self, path: Path, candidates: Iterable[Path] = (), config: dict[str, Any] | None = None):
         from orbax.checkpoint import v1 as ocp
 
         self._orbax = ocp
@@ -94,9 +96,12 @@ class OrbaxCheckpoint(Checkpoint):
                 skipped.append(name)
         if problems:
             raise RefusedError(cap(problems))
-        files = tuple(sorted(file for file in path.rglob("*") if file.is_file() and not is_beside(path, file)))
+        self.manifest = find_manifest(found.custom_metadata, path)
+        listed = frozenset(path / name for name in (self.manifest.companions if self.manifest else ()))
+        companions = tuple(name for name in candidates if is_beside(path, path / name, listed))
+        files = tuple(sorted(file for file in path.rglob("*") if file.is_file() and not is_beside(path, file, listed)))
         metadata = {"custom_metadata": found.custom_metadata, "not_tensors": skipped}
-        super().__init__(path, specs, files, metadata=metadata, **companions)
+        super().__init__(path, specs, files, metadata=metadata, companions=companions, config=config)
         self._lock = threading.Lock()
         self._kept: dict[str, np.ndarray] = {}
 
@@ -165,6 +170,7 @@ def is_training_state(keys: TreePath) -> bool:
     return bool(keys) and keys[0] in TRAINING_STATE
 
 
-def is_beside(directory: Path, file: Path) -> bool:
-    """Whether a file in an Orbax directory is a companion (config, tokenizer) and not Orbax's own."""
-    return file.parent == directory and file.name not in {*MARKERS, "_sharding", "commit_success.txt", "_strings.json"}
+def is_beside(directory: Path, file: Path, listed: frozenset[Path] = frozenset()) -> bool:
+    """Whether a file in an Orbax directory is a companion (config, tokenizer; or listed) and not Orbax's own."""
+    own = {*MARKERS, "_sharding", "commit_success.txt", "_strings.json"}
+    return file in listed or (file.parent == directory and file.name not in own)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rgsp_jax.checkpoint.flax_checkpoint import save_pieces
 from rgsp_jax.checkpoint.orbax_source import (
     OrbaxCheckpoint,
     TreePath,
@@ -18,12 +19,12 @@ from rgsp_jax.checkpoint.orbax_source import (
     was_jax_array,
 )
 from rgsp_jax.checkpoint.output import sync_directory
-from rgsp_jax.checkpoint.safetensors_header import cap, describe_failure
+from rgsp_jax.checkpoint.safetensors_header import cap
 from rgsp_jax.checkpoint.source import open_checkpoint
 from rgsp_jax.checkpoint.specs import Checkpoint, TensorSpec
 from rgsp_jax.errors import RefusedError
 
-PIECE_BYTES = 256 << 20
+PIECE_BYTES = 128 << 20
 
 
 def convert_to_orbax(
@@ -33,8 +34,8 @@ def convert_to_orbax(
 
     Arrays come from the safetensors directory, in its dtypes; scalars, strings, empty nodes and custom metadata from
     the parent; optimiser state and random keys are left out. Arrays that the parent held as `jax.Array` are written as
-    such (on one device), the others as NumPy arrays. About `piece_bytes` are in memory at once, or the largest list
-    or array of the tree where that is more. A directory `.NAME.converting` beside the destination is used and removed.
+    such (on one device), the others as NumPy arrays. Twice `piece_bytes` are in memory at once, or the largest list or
+    array of the tree where that is more. A directory `.NAME.converting` beside the destination is used and removed.
 
     Args:
         safetensors_dir: directory written by ShardWriter.
@@ -78,20 +79,13 @@ def _check_same_arrays(merged: Checkpoint, like: OrbaxCheckpoint) -> None:
 
 
 def _save_pieces(merged: Checkpoint, like: OrbaxCheckpoint, destination: Path, piece_bytes: int) -> None:
-    from orbax.checkpoint import v1 as ocp
-
-    custom = like.metadata["custom_metadata"] or None
     rest = like.load_rest()
 
     def fill(path: TreePath, leaf: Any) -> Any:
         return _as_saved(merged.read("/".join(path)), leaf) if is_array(leaf) else rest.get(path, leaf)
 
-    try:
-        for piece in divide_tree(like.tree, merged.specs, piece_bytes):
-            ocp.partial.save(destination, map_tree(piece, fill), custom_metadata=custom)
-        ocp.partial.finalize(destination)
-    except (ValueError, TypeError) as error:
-        raise RefusedError(f"Orbax cannot save the result as {destination} ({describe_failure(error)})") from error
+    pieces = (map_tree(piece, fill) for piece in divide_tree(like.tree, merged.specs, piece_bytes))
+    save_pieces(destination, pieces, like.metadata["custom_metadata"] or None)
 
 
 def _as_saved(array: np.ndarray, leaf: Any) -> Any:

@@ -41,19 +41,27 @@ class SafetensorsCheckpoint(Checkpoint):
         super().__init__(path, specs, tuple(header.path for header in headers), **companions)
 
     def _fill(self, spec: TensorSpec, out: np.ndarray, start: int) -> None:
+        self._fill_runs(spec, out[None], [start])
+
+    def _fill_runs(self, spec: TensorSpec, rows: np.ndarray, starts: list[int]) -> None:
         header = self._sources[spec.name]
-        row = flat_bytes(out)
+        origin, width = header.offsets[spec.name], spec.dtype.itemsize
         descriptor = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            position = header.offsets[spec.name] + start * spec.dtype.itemsize
-            complete = FileIdentity.of(descriptor) == header.identity and read_exactly(descriptor, row, position)
+            complete = FileIdentity.of(descriptor) == header.identity and all(
+                read_exactly(descriptor, flat_bytes(row), origin + start * width)
+                for row, start in zip(rows, starts, strict=True)
+            )
             unchanged = complete and FileIdentity.of(descriptor) == header.identity
         finally:
             os.close(descriptor)
         if not unchanged:
             raise RefusedError(f"{header.path} was changed while it was being read; leave it alone and start again")
-        if spec.dtype == np.bool_ and row.max() > 1:
+        if spec.dtype == np.bool_ and flat_bytes(rows).max() > 1:
             raise RefusedError(f"{header.path}: tensor {spec.name!r} holds bytes other than 0 and 1 as booleans")
+
+    def shard_of(self, name: str) -> int:
+        return self.weight_files.index(self._sources[name].path)
 
 
 def read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any]]:

@@ -80,15 +80,34 @@ def plan_shards(
             filled = 0
         groups[-1].append(spec)
         filled += spec.nbytes
+    return _place(groups, METADATA if metadata is None else metadata)
+
+
+def keep_shards(specs: Iterable[TensorSpec], numbers: Iterable[int]) -> ShardPlan:
+    """Divide tensors into safetensors files as another model was: `numbers` are those of each one's file there.
+
+    Raises:
+        RefusedError: no tensor, a name twice, a reserved or unencodable name, an unsupported dtype.
+    """
+    groups: dict[int, list[TensorSpec]] = {}
+    for spec, number in zip(specs, numbers, strict=True):
+        groups.setdefault(number, []).append(spec)
+    if not groups:
+        raise RefusedError("there is no tensor to write")
+    _check_names([spec for group in groups.values() for spec in group])
+    return _place([groups[number] for number in sorted(groups)], METADATA)
+
+
+def _place(groups: list[list[TensorSpec]], metadata: Mapping[str, str]) -> ShardPlan:
     shards: list[Shard] = []
     placements: dict[str, Placement] = {}
     for number, group in enumerate(groups):
-        header, offsets = build_header(group, METADATA if metadata is None else metadata)
+        header, offsets = build_header(group, metadata)
         by_name = {spec.name: spec for spec in group}
         size = len(header) + sum(spec.nbytes for spec in group)
         shards.append(Shard(name_shard(number, len(groups)), header, tuple(offsets), size))
         placements |= {name: Placement(number, offset, by_name[name]) for name, offset in offsets.items()}
-    return ShardPlan(tuple(shards), placements, sum(spec.nbytes for spec in ordered))
+    return ShardPlan(tuple(shards), placements, sum(spec.nbytes for group in groups for spec in group))
 
 
 def name_shard(number: int, count: int) -> str:

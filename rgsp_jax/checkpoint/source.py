@@ -14,7 +14,7 @@ from rgsp_jax.checkpoint.guards import (
     resolve_inside,
 )
 from rgsp_jax.checkpoint.hub import HUB_PREFIX, download
-from rgsp_jax.checkpoint.orbax_source import OrbaxCheckpoint, is_beside, is_orbax
+from rgsp_jax.checkpoint.orbax_source import OrbaxCheckpoint, is_orbax
 from rgsp_jax.checkpoint.safetensors_header import read_header
 from rgsp_jax.checkpoint.safetensors_source import SafetensorsCheckpoint, open_sharded
 from rgsp_jax.checkpoint.specs import Checkpoint
@@ -85,8 +85,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 def _open_directory(directory: Path) -> Checkpoint:
     if is_orbax(directory):
-        beside = tuple(path for path in find_companions(directory) if is_beside(directory, directory / path))
-        return OrbaxCheckpoint(directory, companions=beside, config=read_config(directory))
+        return OrbaxCheckpoint(directory, find_companions(directory), config=read_config(directory))
     problems: list[str] = []
     config: dict[str, Any] | None = None
     try:

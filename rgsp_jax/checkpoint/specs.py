@@ -150,6 +150,42 @@ class Checkpoint(ABC):
         self.read_into(name, out)
         return out
 
+    def read_block(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The block `tensor[index]` as a fresh C-contiguous array; only its bytes are read, and whole runs at once.
+
+        Args:
+            name: a key of `specs` (KeyError otherwise).
+            index: one slice of step 1 per axis.
+        """
+        spec = self.specs[name]
+        ranges = [range(*part.indices(length)) for part, length in zip(index, spec.shape, strict=True)]
+        out = np.empty([len(part) for part in ranges], spec.dtype)
+        if not out.size:
+            return out
+        whole = len(ranges)  # axes from here on are taken whole, so that one run covers them and the axis before
+        while whole and len(ranges[whole - 1]) == spec.shape[whole - 1]:
+            whole -= 1
+        outer = max(0, whole - 1)
+        run = math.prod(out.shape[outer:])
+        strides = [math.prod(spec.shape[axis + 1 :]) for axis in range(len(ranges))]
+        first = sum(part.start * stride for part, stride in zip(ranges, strides, strict=True))
+        starts = [
+            first + sum(i * stride for i, stride in zip(position, strides, strict=False))
+            for position in np.ndindex(*out.shape[:outer])
+        ]
+        self._fill_runs(spec, out.reshape(-1, run), starts)
+        return out
+
+    def _fill_runs(self, spec: TensorSpec, rows: np.ndarray, starts: list[int]) -> None:
+        """Fill every row with the flat elements that begin at its start."""
+        for row, start in zip(rows, starts, strict=True):
+            self._fill(spec, row, start)
+
+    def shard_of(self, name: str) -> int:
+        """Number of the weight file that holds a tensor, from 0."""
+        del name
+        return 0
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, aliases counted once."""

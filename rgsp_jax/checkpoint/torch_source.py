@@ -219,6 +219,9 @@ class TorchCheckpoint(Checkpoint):
         if not unchanged:
             raise RefusedError(f"{file} was changed while it was being read; leave it alone and start again")
 
+    def shard_of(self, name: str) -> int:
+        return self.weight_files.index(self._files[name])
+
     def close(self) -> None:
         self._arrays.clear()
 

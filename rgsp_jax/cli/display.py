@@ -22,7 +22,7 @@ from rgsp_jax.pipeline import MergeResult
 from rgsp_jax.pipeline.merge import Progress as OnProgress
 from rgsp_jax.pipeline.report import make_encodable
 
-STAGES = {"merge": "merging", "audit": "checking"}
+STAGES = {"merge": "merging", "audit": "checking", "convert": "converting"}
 
 
 def show(text: object) -> str:
@@ -39,7 +39,7 @@ def progress_bars() -> Iterator[OnProgress | None]:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description:9}"),
+        TextColumn("{task.description:10}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
