@@ -15,6 +15,7 @@ from rgsp_jax.models.clip import (
 from rgsp_jax.models.decoder import Decoder, DecoderConfig, DecoderLm
 from rgsp_jax.models.families import FAMILIES, Family
 from rgsp_jax.models.gpt2 import Gpt2, Gpt2Config, Gpt2Lm, Gpt2OpenAi
+from rgsp_jax.models.qwen2_vl import Qwen2Vl, Qwen2VlConfig, Qwen2VlVision, Qwen2VlVisionConfig, find_positions
 from rgsp_jax.models.roberta import (
     Roberta,
     RobertaClassifier,
@@ -22,6 +23,7 @@ from rgsp_jax.models.roberta import (
     RobertaMaskedLm,
     RobertaTokenClassifier,
 )
+from rgsp_jax.models.t5 import T5, T5Config, T5Encoder, T5Lm
 from rgsp_jax.models.vit import Vit, VitClassifier, VitConfig
 from rgsp_jax.models.weights import (
     WeightPlace,
@@ -36,6 +38,7 @@ from rgsp_jax.models.weights import (
 
 __all__ = [
     "FAMILIES",
+    "T5",
     "Bert",
     "BertClassifier",
     "BertConfig",
@@ -58,11 +61,18 @@ __all__ = [
     "Gpt2Config",
     "Gpt2Lm",
     "Gpt2OpenAi",
+    "Qwen2Vl",
+    "Qwen2VlConfig",
+    "Qwen2VlVision",
+    "Qwen2VlVisionConfig",
     "Roberta",
     "RobertaClassifier",
     "RobertaConfig",
     "RobertaMaskedLm",
     "RobertaTokenClassifier",
+    "T5Config",
+    "T5Encoder",
+    "T5Lm",
     "Vit",
     "VitClassifier",
     "VitConfig",
@@ -71,6 +81,7 @@ __all__ = [
     "WeightTable",
     "export_weights",
     "extract_parameters",
+    "find_positions",
     "load_weights",
     "map_weights",
     "replace_parameters",

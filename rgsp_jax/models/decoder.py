@@ -105,6 +105,11 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             head_norms=True,
             windows=read_layer_windows,
         ),
+        "qwen2_vl_text": Kind(
+            {**QWEN, "num_key_value_heads": 8, "max_window_layers": 80, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+            query_bias=True,
+            windows=read_layer_windows,
+        ),
     }
 )
 """`model_type` -> how its config.json is read."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -22,6 +23,7 @@ from rgsp_jax.models.clip import (
 )
 from rgsp_jax.models.decoder import KINDS, Decoder, DecoderConfig, DecoderLm
 from rgsp_jax.models.gpt2 import Gpt2, Gpt2Config, Gpt2Lm, Gpt2OpenAi
+from rgsp_jax.models.qwen2_vl import Qwen2Vl, Qwen2VlConfig, find_positions
 from rgsp_jax.models.roberta import (
     Roberta,
     RobertaClassifier,
@@ -29,6 +31,7 @@ from rgsp_jax.models.roberta import (
     RobertaMaskedLm,
     RobertaTokenClassifier,
 )
+from rgsp_jax.models.t5 import T5, T5Config, T5Encoder, T5Lm
 from rgsp_jax.models.vit import Vit, VitClassifier, VitConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -174,6 +177,44 @@ def run_clip_vision(model: Any, batch: Mapping[str, Array]) -> Any:
     return model.pool(output) if isinstance(model, ClipVision) else output
 
 
+def build_qwen2_vl(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
+    """A Qwen2-VL of the config's sizes, with the head, tied or its own, that the checkpoint holds."""
+    sizes = Qwen2VlConfig.from_huggingface(config)
+    tied = sizes.text.tie_word_embeddings and LM_HEAD not in shapes
+    sizes = replace(sizes, text=replace(sizes.text, tie_word_embeddings=tied))
+    return nnx.eval_shape(lambda: Qwen2Vl(sizes, rngs=nnx.Rngs(0)))
+
+
+def run_qwen2_vl(model: Any, batch: Mapping[str, Array]) -> Any:
+    """The logits. Outside of jit where the batch has images: their grids, and so the shapes, depend on values."""
+    if "pixel_values" not in batch:
+        return run_text(model, batch)
+    ids, mask, grids = (np.asarray(batch[name]) for name in ("input_ids", "attention_mask", "image_grid_thw"))
+    image_grids = tuple((int(time), int(height), int(width)) for time, height, width in grids)
+    positions = find_positions(model.config, ids, mask, image_grids)
+    return model(ids, mask, positions=positions, pixel_values=batch["pixel_values"], image_grids=image_grids)
+
+
+def build_t5(config: Mapping[str, Any], shapes: Shapes) -> nnx.Module:
+    """A T5 of the config's sizes: the encoder alone, or with the decoder and the head that the checkpoint holds.
+
+    A tied head leaves no trace in the keys: there is one unless the config names the model without.
+    """
+    words = {f"{part}_word": f"{part}.embed_tokens.weight" in shapes for part in ("encoder", "decoder")}
+    sizes = T5Config.from_huggingface(config, **words)
+    if not any(key.startswith("decoder.") for key in shapes):
+        return nnx.eval_shape(lambda: T5Encoder(sizes, rngs=nnx.Rngs(0)))
+    if LM_HEAD not in shapes and "T5Model" in (config.get("architectures") or ()):
+        return nnx.eval_shape(lambda: T5(sizes, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: T5Lm(sizes, tied=LM_HEAD not in shapes, rngs=nnx.Rngs(0)))
+
+
+def run_t5(model: Any, batch: Mapping[str, Array]) -> Any:
+    """The logits, or the last hidden states of the decoder, or those of the encoder where it is all there is."""
+    inputs = (batch["input_ids"], batch["attention_mask"])
+    return model(*inputs) if isinstance(model, T5Encoder) else model(inputs[0], batch["decoder_input_ids"], inputs[1])
+
+
 TEXT = frozenset({"input_ids", "attention_mask"})
 IMAGE = frozenset({"pixel_values"})
 
@@ -201,6 +242,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             lambda config: ClipTextConfig.from_huggingface(config).max_position_embeddings,
         ),
         "clip_vision_model": Family(build_clip_vision, IMAGE, run_clip_vision),
+        "qwen2_vl": Family(
+            build_qwen2_vl,
+            TEXT | IMAGE | {"image_grid_thw"},
+            run_qwen2_vl,
+            lambda config: read_max_tokens(config.get("text_config") or config),
+        ),
+        "t5": Family(build_t5, TEXT | {"decoder_input_ids"}, run_t5),
         "vit": Family(build_vit, IMAGE, run_vit),
     }
 )

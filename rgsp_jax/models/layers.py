@@ -188,14 +188,23 @@ def split_heads(x: Float[Array, "batch time width"], heads: int) -> Float[Array,
 
 
 class Mlp(nnx.Module):
-    """Two linear maps with an activation between: `down(activation(up(x)))`."""
+    """Two linear maps with an activation between: `down(activation(up(x)))`; of the input's width unless `output`."""
 
-    def __init__(self, width: int, hidden: int, activation: str, *, use_bias: bool = True, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str,
+        *,
+        output: int | None = None,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
         self.activation = activation
         self.up = nnx.Linear(width, hidden, use_bias=use_bias, rngs=rngs)
-        self.down = nnx.Linear(hidden, width, use_bias=use_bias, rngs=rngs)
+        self.down = nnx.Linear(hidden, output or width, use_bias=use_bias, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch output"]:
         """Apply the MLP to the last axis."""
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
@@ -253,5 +262,8 @@ class CausalLm(nnx.Module):
         attention_mask: Int[Array, "batch time"] | Bool[Array, "batch time"] | None = None,
     ) -> Float[Array, "batch time vocabulary"]:
         """Return the logits of the next token at every position."""
-        hidden = self.decoder(input_ids, attention_mask)
+        return self.predict(self.decoder(input_ids, attention_mask))
+
+    def predict(self, hidden: Float[Array, "batch time width"]) -> Float[Array, "batch time vocabulary"]:
+        """Return the logits of the decoder's last hidden states."""
         return self.decoder.word.attend(hidden) if self.head is None else self.head(hidden)

@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al., 2021): frequencies, their scalings, the rotation of queries and keys."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -30,6 +30,22 @@ def rotation_of(positions: Int[Array, "#batch time"], frequencies: Float[np.ndar
     """Return the rotation of heads of width `2 half` at integer positions."""
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None, :]
     return rotation_by(angles)
+
+
+def rotation_of_axes(
+    positions: Int[Array, "axes #batch time"], frequencies: Float[np.ndarray, " half"], sections: Sequence[int]
+) -> Rotation:
+    """Return the rotation of heads at positions on several axes: time, height and width of what a token stands for.
+
+    Args:
+        positions: of every token, on every axis.
+        frequencies: of a head's pairs, radians per position.
+        sections: how many of them in turn follow each axis, the first again after the last (M-RoPE, Wang et al.,
+            2024). They sum to `half`.
+    """
+    axis_of = np.repeat(np.arange(len(sections)) % positions.shape[0], sections)
+    chosen = jnp.moveaxis(positions[axis_of], 0, -1).astype(jnp.float32)
+    return rotation_by(chosen * jnp.asarray(frequencies, jnp.float32)[None, None, :])
 
 
 def rotation_by(angles: Float[Array, "#batch time half"]) -> Rotation:
