@@ -87,6 +87,31 @@ def test_vit(tmp_path):
         assert left.site_of["vit.embeddings.patch_embeddings.projection.weight"].rows == 4 * 8
 
 
+def make_clip_text():
+    config = tiny.transformers.CLIPTextConfig(
+        vocab_size=len(tiny.VOCABULARY), max_position_embeddings=12, eos_token_id=tiny.VOCABULARY["mat"], **tiny.LAYERS
+    )
+    return tiny.transformers.CLIPTextModelWithProjection(config)
+
+
+@pytest.mark.parametrize("make", [make_clip_text, tiny.make_llama, tiny.make_gpt2])
+def test_causal_families(tmp_path, make):
+    model = tiny.save_model(tmp_path / "model", make(), tiny.make_tokenizer())
+    left, right = collect_both(model, tiny.write_texts(tmp_path / "data.jsonl", tiny.draw_texts(15)), tmp_path)
+    with left, right:
+        check_agreement(left, right)
+
+
+def test_clip_vision(tmp_path):
+    config = tiny.transformers.CLIPVisionConfig(image_size=8, patch_size=4, num_channels=1, **tiny.LAYERS)
+    model = tiny.save_model(tmp_path / "model", tiny.transformers.CLIPVisionModelWithProjection(config))
+    pixels = np.random.default_rng(0).standard_normal((11, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", pixel_values=pixels)
+    left, right = collect_both(model, tmp_path / "images.npz", tmp_path)
+    with left, right:
+        check_agreement(left, right)
+
+
 def test_what_the_flax_families_cannot_do_is_refused(tmp_path):
     settings = CovarianceSettings(backend="flax")
     data = tiny.write_texts(tmp_path / "data.jsonl", tiny.draw_texts(3))
