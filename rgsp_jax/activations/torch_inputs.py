@@ -179,6 +179,15 @@ def add_decoder_inputs(batch: Batch, config: Any) -> Batch:
     return {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": batch["attention_mask"]}
 
 
+def narrow_batch(batch: Mapping[str, torch.Tensor]) -> Batch:
+    """The same batch without the last column of everything that has a column per token."""
+    mask = batch["attention_mask"]
+    return {
+        name: tensor[:, :-1] if tensor.shape == mask.shape and not tensor.is_floating_point() else tensor
+        for name, tensor in batch.items()
+    }
+
+
 def widen_batch(batch: Mapping[str, torch.Tensor], pad_token_id: int) -> Batch:
     """The same batch with one more column of padding in everything that has a column per token."""
     mask = batch["attention_mask"]

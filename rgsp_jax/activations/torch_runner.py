@@ -11,7 +11,7 @@ from rgsp_jax.activations.capture import Call, Capture, WeightIndex, iterate_pat
 from rgsp_jax.activations.examples import Example
 from rgsp_jax.activations.settings import CovarianceSettings, Prepared, Receive
 from rgsp_jax.activations.sites import InputSite, find_mismatch, match_weights
-from rgsp_jax.activations.torch_inputs import Batch, add_decoder_inputs, choose_encoder, widen_batch
+from rgsp_jax.activations.torch_inputs import Batch, add_decoder_inputs, choose_encoder, narrow_batch, widen_batch
 from rgsp_jax.activations.torch_model import load_model, view_parameters
 from rgsp_jax.checkpoint import Checkpoint
 from rgsp_jax.checkpoint.huggingface import load_config
@@ -79,6 +79,9 @@ class TorchRunner:
     def find_sites(self, batch: Sequence[Prepared]) -> list[InputSite]:
         inputs = self._encode(batch)
         mask = find_mask(inputs)
+        if mask is not None and 1 < mask.shape[1] == getattr(self.encoder, "max_length", None):
+            inputs = narrow_batch(inputs)  # one more column would have no position
+            mask = find_mask(inputs)
         first = self._record(inputs)
         second = first if mask is None else self._record(widen_batch(inputs, self._pad_token()))
         calls = [call for call, _ in first]

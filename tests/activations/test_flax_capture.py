@@ -61,14 +61,14 @@ def test_pairs_of_texts(tmp_path):
 def test_heads_and_position_limits(tmp_path, kind):
     kind = getattr(tiny.transformers, kind)
     config = kind.config_class(
-        vocab_size=len(tiny.VOCABULARY), max_position_embeddings=8, type_vocab_size=1, pad_token_id=0, **tiny.LAYERS
+        vocab_size=len(tiny.VOCABULARY), max_position_embeddings=7, type_vocab_size=1, pad_token_id=0, **tiny.LAYERS
     )
     model = tiny.save_model(tmp_path / "model", kind(config), tiny.make_tokenizer())
     texts = tiny.draw_texts(15)
     left, right = collect_both(model, tiny.write_texts(tmp_path / "data.jsonl", texts), tmp_path)
     with left, right:
         check_agreement(left, right)
-        limit = 7 if "Roberta" in kind.__name__ else 8
+        limit = 6 if "Roberta" in kind.__name__ else 7
         words = [min(limit, len(text.split())) for text in texts]
         assert max(map(len, map(str.split, texts))) == 8
         name = next(name for name in left.site_of if name.endswith("layer.0.attention.self.query.weight"))
