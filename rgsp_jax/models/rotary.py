@@ -23,7 +23,8 @@ class Rotation(NamedTuple):
 def rotary_frequencies(width: int, theta: float) -> Float[np.ndarray, " half"]:
     """Return `theta^(-2i / width)` for `i < width / 2`, radians per position, in float32 as transformers has them."""
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    return np.float32(1) / np.float32(theta) ** exponents
+    # The power is taken in float64: what is left of PyTorch's rounding grows with the position.
+    return np.float32(1) / (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def rotation_of(positions: Int[Array, "#batch time"], frequencies: Float[np.ndarray, " half"]) -> Rotation:

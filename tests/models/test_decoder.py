@@ -196,6 +196,18 @@ def test_what_older_configs_leave_out_means_what_it_means_in_transformers():
     assert Rotary.from_huggingface({**given, "rope_scaling": None}) == Rotary(rope_theta=7.0)
 
 
+@pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 4.0}, {**LLAMA3, "factor": 32.0}])
+@pytest.mark.parametrize(("width", "theta"), [(128, 5e5), (96, 1e4)])
+def test_frequencies_equal_transformers(scaling, width, theta):
+    given = {"rope_type": "default", **scaling, "rope_theta": theta}
+    config = transformers.LlamaConfig(hidden_size=width, num_attention_heads=1, rope_parameters=given)
+    embedding = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    ours = Rotary.from_huggingface(config.to_dict()).frequencies(width)
+    assert ours.dtype == np.float32
+    # A few roundings apart: the blend of llama3 subtracts what is almost equal.
+    np.testing.assert_allclose(ours, embedding.inv_freq.numpy(), rtol=1e-6, atol=0)
+
+
 def test_models_are_built_without_a_checkpoint():
     config = DecoderConfig.from_huggingface({"model_type": "mistral", **SIZES, "sliding_window": 2})
     assert config.windows == (2, 2)
