@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,18 +95,24 @@ def convert_to_flax(
     return Conversion(out, len(manifest.records), total, style, manifest.unmapped)
 
 
-def read_pieces(checkpoint: Checkpoint, manifest: Manifest, dtype: Any) -> Iterator[Any]:
-    """Trees of about PIECE_BYTES that together are the checkpoint's."""
-    leaves: dict[Any, np.ndarray] = {}
+def divide(records: Iterable[WeightRecord]) -> Iterator[list[WeightRecord]]:
+    """Runs of records of about PIECE_BYTES each."""
+    piece: list[WeightRecord] = []
     filled = 0
-    for record in manifest.owners:
-        if leaves and filled + record.spec.nbytes > PIECE_BYTES:
-            yield build_tree(leaves)
-            leaves, filled = {}, 0
-        leaves[tuple(map(str, record.path))] = read_leaf(checkpoint, record, dtype)
+    for record in records:
+        if piece and filled + record.spec.nbytes > PIECE_BYTES:
+            yield piece
+            piece, filled = [], 0
+        piece.append(record)
         filled += record.spec.nbytes
-    if leaves:
-        yield build_tree(leaves)
+    if piece:
+        yield piece
+
+
+def read_pieces(checkpoint: Checkpoint, manifest: Manifest, dtype: Any) -> Iterator[Any]:
+    """Trees that together are the checkpoint's."""
+    for piece in divide(manifest.owners):
+        yield build_tree({tuple(map(str, record.path)): read_leaf(checkpoint, record, dtype) for record in piece})
 
 
 def report(pieces: Iterator[Any], total: int, progress: Progress | None) -> Iterator[Any]:
@@ -152,14 +159,12 @@ def convert_to_huggingface(
     except RefusedError as error:
         raise RefusedError([*problems, *error.problems]) from None
 
-    def read(record: WeightRecord) -> Any:
-        return None if 0 in record.shape else checkpoint.read(name_on_disk(checkpoint, record))
-
     def copy_rest(directory: Path) -> None:
         copy_companions(checkpoint, directory, dtype=None if dtype is None else np.dtype(dtype).name)
 
     plan = plan_return(records, dtype, max_shard_size)
-    write_directory(out, plan, restore_all(records, read, dtype, progress), copy_rest, problems)
+    arrays = restore_all(records, read_leaves(checkpoint, records), dtype, progress)
+    write_directory(out, plan, arrays, copy_rest, problems)
     return Conversion(out.absolute(), len(records), plan.total_size, None, ())
 
 
@@ -186,7 +191,8 @@ def save_huggingface(
     """
     check_tree(variables, manifest)
     plan = plan_return(manifest.records, dtype, max_shard_size)
-    arrays = restore_all(manifest.records, lambda record: get_leaf(variables, record.path), dtype, None)
+    leaves = (get_leaf(variables, record.path) for record in manifest.records)
+    arrays = restore_all(manifest.records, leaves, dtype, None)
 
     def copy_rest(target: Path) -> None:
         if companions is not None:
@@ -196,13 +202,30 @@ def save_huggingface(
     write_directory(directory, plan, arrays, copy_rest, check_output(directory, []))
 
 
+def read_leaves(checkpoint: Checkpoint, records: Sequence[WeightRecord]) -> Iterator[Any]:
+    """The leaf of every record in turn, the next piece being read while this one is used; None for those without."""
+    pieces = list(divide(records))
+
+    def read(piece: list[WeightRecord]) -> list[Any]:
+        names = [None if 0 in record.shape else name_on_disk(checkpoint, record) for record in piece]
+        arrays = checkpoint.read_many({name for name in names if name is not None})
+        return [None if name is None else arrays[name] for name in names]
+
+    with ThreadPoolExecutor(1, "rgsp-read") as reader:
+        following = [reader.submit(read, piece) for piece in pieces[:1]]
+        for number in range(len(pieces)):
+            leaves = following.pop().result()
+            following += [reader.submit(read, piece) for piece in pieces[number + 1 : number + 2]]
+            yield from leaves
+
+
 def restore_all(
-    records: Sequence[WeightRecord], read: Callable[[WeightRecord], Any], dtype: Any, progress: Progress | None
+    records: Sequence[WeightRecord], leaves: Iterable[Any], dtype: Any, progress: Progress | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Keys and their arrays as they lie on disk, one at a time."""
     total = sum(spec.nbytes for spec in output_specs(records, dtype))
-    for record in records:
-        array = restore(read(record), record, dtype)
+    for record, leaf in zip(records, leaves, strict=True):
+        array = restore(leaf, record, dtype)
         yield record.key, array
         if progress is not None:
             progress(array.nbytes, total)

@@ -1,7 +1,7 @@
 """Orbax checkpoints: one array at a time, as NumPy arrays, through the v1 interface."""
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,9 @@ class OrbaxCheckpoint(Checkpoint):
                     raise RefusedError(f"{self.path}: array {name!r} is not what the checkpoint's metadata says")
                 arrays[name] = np.asarray(array, order="C")
         return arrays
+
+    def read_many(self, names: Collection[str]) -> dict[str, np.ndarray]:
+        return self._load({name: self.specs[name] for name in names})
 
     def load_rest(self) -> dict[TreePath, Any]:
         """Values of the leaves that are no arrays (scalars, strings), training state excepted, by tree path."""
