@@ -18,13 +18,15 @@ from rgsp_jax.errors import RefusedError
 from rgsp_jax.models import FAMILIES, Family, export_weights, load_weights, map_weights
 
 LENGTH_STEP = 16
+TEXTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
 
 def find_family(checkpoint: Checkpoint) -> Family | None:
     """The Flax family of a checkpoint's model type, if there is one that takes texts alone or images alone."""
     family = FAMILIES.get((checkpoint.config or {}).get("model_type", ""))
-    taken = family and {"input_ids", "pixel_values"} & family.inputs
-    return family if taken and len(taken) == 1 else None
+    if family is None or not (family.inputs <= TEXTS or family.inputs == {"pixel_values"}):
+        return None
+    return family
 
 
 class Tap(nnx.Module):
@@ -79,7 +81,7 @@ class FlaxRunner:
         self._sites: dict[str, InputSite] = {}  # by the name under which the trace returns its input
         self.warnings: list[str] = []
         self.not_covered: dict[str, str] = {}
-        self._tokenize = load_fast_tokenizer(checkpoint.path) if self._reads_text else None
+        self._tokenize = load_fast_tokenizer(checkpoint.root) if self._reads_text else None
 
     def _check_data(self, examples: Sequence[Example]) -> None:
         with_text, with_image = examples[0].text is not None, examples[0].image is not None

@@ -134,7 +134,7 @@ def choose_encoder(
     Raises:
         RefusedError: the model does not take what the data are, or cannot encode it.
     """
-    directory = checkpoint.path
+    directory = checkpoint.root
     accepted = set(inspect.signature(model.forward).parameters)
     with_text, with_images = examples[0].text is not None, examples[0].image is not None
     if with_images and "pixel_values" not in accepted:

@@ -25,6 +25,11 @@ def load_model(checkpoint: Checkpoint, config: Any, dtype: str) -> tuple[torch.n
     Raises:
         RefusedError: the model cannot be built from its files.
     """
+    if checkpoint.format == "lora":
+        raise RefusedError(
+            f"{checkpoint.path} is an adapter, which torch is not given here: write the whole model out first with "
+            "rgsp convert BASE+ADAPTER DIRECTORY --to huggingface"
+        )
     config.use_cache = False
     options: dict[str, Any] = {**LOCAL, "config": config, "dtype": DTYPES[dtype], "output_loading_info": True}
     if checkpoint.format == "torch":

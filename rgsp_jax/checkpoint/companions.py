@@ -117,7 +117,7 @@ def copy_companions(checkpoint: Checkpoint, directory: Path, *, dtype: str | Non
         RefusedError: a file vanished, or now links out of the model's directory.
     """
     for relative in checkpoint.companions:
-        source = resolve_inside(checkpoint.path, relative.as_posix())
+        source = resolve_inside(checkpoint.root, relative.as_posix())
         target = directory / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.writing")

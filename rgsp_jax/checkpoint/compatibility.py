@@ -121,12 +121,12 @@ def _compare_tensors(first: Checkpoint, other: Checkpoint, skip: Skip) -> list[s
 def _compare_modules(first: Checkpoint, other: Checkpoint) -> list[str]:
     """Weights of sentence-transformers modules are copied from the first model, so they must agree."""
     problems = []
-    theirs = set(find_module_weights(other.path, other.companions))
-    for path in find_module_weights(first.path, first.companions):
-        pair = [resolve_inside(model.path, path.as_posix()) for model in (first, other) if path in theirs]
+    theirs = set(find_module_weights(other.root, other.companions))
+    for path in find_module_weights(first.root, first.companions):
+        pair = [resolve_inside(model.root, path.as_posix()) for model in (first, other) if path in theirs]
         if not pair or hash_file(pair[0]) != hash_file(pair[1]):
             problems.append(
-                f"{other.path / path} differs from that of {first.path}: modules beside the transformer are not merged "
+                f"{other.root / path} differs from that of {first.path}: modules beside the transformer are not merged "
                 "and must be equal"
             )
     return problems

@@ -88,7 +88,7 @@ def convert_to_flax(
         fresh = scratch / out.name
         pieces = read_pieces(checkpoint, manifest, dtype)
         save_pieces(fresh, report(pieces, total, progress), {METADATA_KEY: manifest.to_json()})
-        copy_listed(checkpoint.path, fresh, manifest.companions)
+        copy_listed(checkpoint.root, fresh, manifest.companions)
         publish(fresh, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -36,7 +36,7 @@ def require_directory(checkpoint: Checkpoint) -> Path:
         raise RefusedError(
             f"{checkpoint.path} has no config.json beside its weights that says what they are: give its whole directory"
         )
-    return checkpoint.path
+    return checkpoint.root
 
 
 def load_config(checkpoint: Checkpoint) -> Any:

@@ -43,8 +43,10 @@ def check_output(out: Path | str, inputs: Iterable[Checkpoint | Path | str]) -> 
     elif out.is_dir() and any(out.iterdir()):
         problems.append(f"the output {out} is already there and not empty: choose another name or remove it")
     real = out.resolve()
-    for source in inputs:
-        path = (source.path if isinstance(source, Checkpoint) else Path(source)).resolve()
+    given = (x if isinstance(x, Checkpoint) else Path(x) for x in inputs)
+    places = ((x.path, x.root) if isinstance(x, Checkpoint) else (x,) for x in given)
+    for source in dict.fromkeys(place for group in places for place in group):
+        path = source.resolve()
         if real == path or path in real.parents:
             problems.append(f"the output {out} lies inside the input {path}: choose a place outside")
         elif real in path.parents:

@@ -14,6 +14,8 @@ from rgsp_jax.checkpoint.guards import (
     resolve_inside,
 )
 from rgsp_jax.checkpoint.hub import HUB_PREFIX, download
+from rgsp_jax.checkpoint.lora import WEIGHTS as ADAPTER_WEIGHTS
+from rgsp_jax.checkpoint.lora import LoraCheckpoint, find_base, is_adapter, read_adapter_config
 from rgsp_jax.checkpoint.orbax_source import OrbaxCheckpoint, is_orbax
 from rgsp_jax.checkpoint.safetensors_header import read_header
 from rgsp_jax.checkpoint.safetensors_source import SafetensorsCheckpoint, open_sharded
@@ -31,7 +33,8 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
 
     Args:
         location: a Hugging Face directory (safetensors, sharded or not, preferred to PyTorch files), a lone
-            `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, an Orbax directory, or `hf://owner/name[@revision]`.
+            `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, an Orbax directory, `hf://owner/name[@revision]`, or
+            a LoRA adapter: its directory where its config names a base that lies here, else `BASE+ADAPTER`.
 
     Raises:
         RefusedError: no such model, or one that cannot be merged as it is; every reason is named.
@@ -40,7 +43,13 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
         location = download(str(location))
     path = Path(location).expanduser()
     if not path.exists():
+        base, plus, adapter = str(location).rpartition("+")
+        if plus and is_adapter(Path(adapter).expanduser()):
+            return _open_adapter(Path(adapter).expanduser().resolve(), base)
         raise RefusedError(_describe_missing(path))
+    if path.is_dir() and is_adapter(path) and not _has_model(path):
+        path = path.resolve()
+        return _open_adapter(path, find_base(path, read_adapter_config(path)))
     if path.is_file():
         checkpoint = _open_file(path)
     elif path.is_dir():
@@ -50,12 +59,28 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
     problems = find_adapters(path, checkpoint.specs) or find_quantisation(path, checkpoint.specs, checkpoint.config)
     if not checkpoint.specs:
         problems.append(f"{path} holds no tensor")
-    problems += find_lfs_pointers(checkpoint.path, checkpoint.companions)
+    problems += find_lfs_pointers(checkpoint.root, checkpoint.companions)
     if problems:
         checkpoint.close()
         raise RefusedError(problems)
     checkpoint.add_aliases(find_ties(checkpoint))
     return checkpoint
+
+
+def _has_model(directory: Path) -> bool:
+    """Whether weights of a whole model lie in a directory, beside those of an adapter."""
+    names = (entry.name for entry in directory.iterdir())
+    return any(name.endswith((".safetensors", *TORCH_SUFFIXES)) and not name.startswith(NOT_WEIGHTS) for name in names)
+
+
+def _open_adapter(adapter: Path, base: str | Path) -> Checkpoint:
+    """The model that an adapter makes of its base."""
+    opened = open_checkpoint(base)
+    try:
+        return LoraCheckpoint(adapter, opened)
+    except BaseException:
+        opened.close()
+        raise
 
 
 def _describe_missing(path: Path) -> str:
@@ -153,8 +178,8 @@ def pick_weights(
 def _describe_no_weights(directory: Path, names: list[str]) -> str:
     if "adapter_config.json" in names:
         return (
-            f"{directory} is a LoRA adapter without a model (adapter_config.json and no full weights): "
-            "merge it into its base model first (peft's merge_and_unload)"
+            f"{directory} is a LoRA adapter without its weights: it has adapter_config.json but neither "
+            f"{' nor '.join(ADAPTER_WEIGHTS)}"
         )
     inner = [
         entry.name

@@ -88,7 +88,8 @@ class Checkpoint(ABC):
 
     Attributes:
         path: directory (resolved) or lone file (absolute).
-        format: `safetensors`, `torch` or `orbax`.
+        root: the directory that holds config and companions: `path`, or the base's of an adapter.
+        format: `safetensors`, `torch`, `orbax` or `lora`.
         specs: every key on disk, aliases included, in disk order (shards by name, by offset within a file).
         aliases: key -> the key whose elements it shares: one storage in PyTorch files, tied embeddings stored twice
             elsewhere. Merge `specs` without `aliases`; write an alias as a copy of its owner's result, or not at all.
@@ -112,8 +113,10 @@ class Checkpoint(ABC):
         companions: tuple[Path, ...] = (),
         config: dict[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        root: Path | None = None,
     ):
         self.path = path
+        self.root = root or path
         self.specs: Mapping[str, TensorSpec] = MappingProxyType(dict(specs))
         self.weight_files = weight_files
         self.aliases: Mapping[str, str] = MappingProxyType(dict(aliases or {}))

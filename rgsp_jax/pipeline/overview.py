@@ -135,6 +135,6 @@ def find_warnings(preparation: Preparation) -> list[str]:
         for path in first.companions:
             if path.name not in TOKENIZER_FILES or path not in other.companions:
                 continue
-            if hash_file(first.path / path) != hash_file(other.path / path):
+            if hash_file(first.root / path) != hash_file(other.root / path):
                 warnings.append(f"{path} of {label} differs from the first model's, which was copied")
     return warnings

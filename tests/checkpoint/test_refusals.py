@@ -242,7 +242,11 @@ REFUSALS = {
     ),
     "adapter directory": (
         in_directory(("adapter_config.json", b"{}"), ("adapter_model.safetensors", raw_file({}))),
-        "is a LoRA adapter without a model",
+        "is a LoRA adapter of None, which is no directory here",
+    ),
+    "adapter without weights": (
+        in_directory(("adapter_config.json", b"{}")),
+        "is a LoRA adapter without its weights",
     ),
     "adapter names": (named("q_proj.lora_A.weight", "q_proj.lora_B.weight"), "is an adapter, not a model"),
     "no tensors": (lone({}, b""), "holds no tensor"),
