@@ -34,6 +34,7 @@ LEARNABLE = {
     "iso_cts": {"scale": 0.7},
     "wudi": {"scale": 0.7, "learning_rate": 1e-3},
     "knots": {"scale": 0.7, "coefficients": [1.0, 1.1, 0.9]},
+    "core_space": {"scale": 0.7},
     "ace_merging": {"scale": 0.7, "ridge": 0.1},
 }
 """Every traced hyperparameter with a derivative, at a point where the merge depends on it."""

@@ -3,6 +3,7 @@
 from rgsp_jax.merging.ace import ace_merging
 from rgsp_jax.merging.average import average
 from rgsp_jax.merging.breadcrumbs import breadcrumbs
+from rgsp_jax.merging.core_space import core_space
 from rgsp_jax.merging.dare import dare, dare_ties
 from rgsp_jax.merging.della import della
 from rgsp_jax.merging.fisher import fisher
@@ -23,6 +24,7 @@ __all__ = [
     "ace_merging",
     "average",
     "breadcrumbs",
+    "core_space",
     "dare",
     "dare_ties",
     "della",

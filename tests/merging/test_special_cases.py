@@ -209,7 +209,9 @@ def test_knots_of_low_rank_updates():
     assert np.linalg.matrix_rank(merged - base, tol=1e-9) <= 4 and not stats["svd_inexact"]
 
 
-@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "wudi", "knots", "ties", "breadcrumbs", "model_stock"])
+@pytest.mark.parametrize(
+    "name", ["tsv_m", "iso_c", "iso_cts", "wudi", "knots", "core_space", "ties", "breadcrumbs", "model_stock"]
+)
 def test_no_task_vectors_give_the_base(name):
     _, base = experts(15)
     merged, _ = merge(name, np.stack([base] * 3), base=base)
@@ -270,7 +272,7 @@ def test_regmean_of_inputs_never_seen_and_of_fewer_rows_than_inputs(off_diagonal
     assert_close(nothing, stack.mean(0), 1e-6)
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "iso_c", "tsv_m", "model_stock"])
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "iso_c", "tsv_m", "core_space", "model_stock"])
 def test_a_base_of_another_shape_is_refused(name):
     with pytest.raises(ValueError, match=r"the base is \[3, 4\] and the models are \[4, 3\]"):
         merge(name, np.ones((2, 4, 3)), base=np.ones((3, 4)))
