@@ -17,6 +17,7 @@ from rgsp_jax.checkpoint.hashing import digest, hash_file
 from rgsp_jax.checkpoint.manifest import STYLES, Manifest, WeightRecord
 from rgsp_jax.checkpoint.orbax_writer import convert_to_orbax
 from rgsp_jax.checkpoint.output import check_disk, check_output, format_bytes, publish
+from rgsp_jax.checkpoint.renamed import RenamedCheckpoint, as_on_disk
 from rgsp_jax.checkpoint.shard_plan import Placement, Shard, ShardPlan, plan_shards
 from rgsp_jax.checkpoint.shard_writer import ShardWriter, write_safetensors
 from rgsp_jax.checkpoint.source import open_checkpoint
@@ -32,12 +33,14 @@ __all__ = [
     "DataRecord",
     "Manifest",
     "Placement",
+    "RenamedCheckpoint",
     "Shard",
     "ShardPlan",
     "ShardWriter",
     "Site",
     "TensorSpec",
     "WeightRecord",
+    "as_on_disk",
     "build_manifest",
     "check_disk",
     "check_output",

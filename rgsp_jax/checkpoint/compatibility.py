@@ -6,11 +6,13 @@ from typing import Any
 from rgsp_jax.checkpoint.companions import find_module_weights
 from rgsp_jax.checkpoint.guards import resolve_inside
 from rgsp_jax.checkpoint.hashing import hash_file
+from rgsp_jax.checkpoint.renamed import RenamedCheckpoint
 from rgsp_jax.checkpoint.safetensors_header import cap
 from rgsp_jax.checkpoint.specs import Checkpoint
 from rgsp_jax.checkpoint.ties import OUTPUT_EMBEDDING
 
-CONFIG_KEYS = ("model_type", "architectures", "num_attention_heads", "num_key_value_heads")
+HEAD_KEYS = ("num_attention_heads", "num_key_value_heads")
+CONFIG_KEYS = ("model_type", "architectures", *HEAD_KEYS)
 """Fields of config.json that change what tensors of equal names and shapes compute."""
 Skip = Callable[[str], bool]
 
@@ -49,7 +51,8 @@ def _skip_none(name: str) -> bool:
 
 def _compare_configs(first: Checkpoint, other: Checkpoint) -> list[str]:
     problems = []
-    for key in CONFIG_KEYS:
+    # A key map says which tensors of another architecture are meant; how heads divide them it does not say.
+    for key in HEAD_KEYS if isinstance(other, RenamedCheckpoint) else CONFIG_KEYS:
         expected, found = (first.config or {}).get(key), (other.config or {}).get(key)
         if expected is not None and found is not None and expected != found:
             problems.append(

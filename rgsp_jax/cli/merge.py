@@ -13,7 +13,7 @@ import yaml
 from rgsp_jax.cli.display import progress_bars, show_plan, show_result
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, describe_plan, merge_checkpoints, parse_config, prepare, read_config_file
-from rgsp_jax.pipeline.config import parse_yaml
+from rgsp_jax.pipeline.config import parse_yaml, read_yaml
 from rgsp_jax.pipeline.merge import check_place, name_workshop
 
 
@@ -61,6 +61,8 @@ def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str
     for name in ("method", "base", "covariances", "dtype", "max_shard_size", "memory", "seed", "include", "exclude"):
         if flags[name] not in (None, ()):
             fields[name] = flags[name]
+    if flags["key_map"]:
+        fields["key_map"] = read_yaml(Path(flags["key_map"]))
     if flags["override"]:
         before = fields.get("overrides") or ()
         if not isinstance(before, (list, tuple)):
@@ -76,6 +78,7 @@ def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory to create.")
 @click.option("--method", "-m", help="See `rgsp methods`. Default: rgsp for two models, relative for more.")
 @click.option("--base", help="The models' common ancestor, for methods that need it.")
+@click.option("--key-map", help="YAML: rename (regex: template), keep, drop; for models with other tensor names.")
 @click.option("--covariances", multiple=True, help="Of `rgsp covariances`, for methods that need them.")
 @click.option("--rank", help="Singular directions kept: an integer, or a fraction of min(m, n).")
 @click.option("--scale", help='Of the task vectors: a number, or "auto".')

@@ -1,6 +1,7 @@
 """Merge methods other than RGSP-TEFM, one file per family."""
 
 from rgsp_jax.merging.ace import ace_merging
+from rgsp_jax.merging.adamms import ResponseSearch, search_alpha
 from rgsp_jax.merging.average import average
 from rgsp_jax.merging.breadcrumbs import breadcrumbs
 from rgsp_jax.merging.core_space import core_space
@@ -21,6 +22,7 @@ from rgsp_jax.merging.tsv import tsv_m
 from rgsp_jax.merging.wudi import wudi
 
 __all__ = [
+    "ResponseSearch",
     "ace_merging",
     "average",
     "breadcrumbs",
@@ -37,6 +39,7 @@ __all__ = [
     "model_stock",
     "permute",
     "regmean",
+    "search_alpha",
     "slerp",
     "task_arithmetic",
     "ties",

@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +45,42 @@ class Override(BaseModel):
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
 
 
+class KeyMap(BaseModel):
+    """Names of another architecture in terms of the first model's, as data.
+
+    `rename` pairs regular expressions of whole names with templates (`\\1`, `\\g<layer>`); the first that matches
+    decides, and a name that none matches stays. `keep` and `drop` are patterns as elsewhere.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rename: dict[str, str] = Field(default_factory=dict)
+    """Name in the other model -> name in the first model."""
+    keep: tuple[str, ...] = ()
+    """Names that only the first model has: these tensors stay as they are there."""
+    drop: tuple[str, ...] = ()
+    """Names that only the other model has, as they are there."""
+
+    def problems(self) -> list[str]:
+        """One sentence for each pattern or template that is none."""
+        problems = find_bad_patterns((*self.keep, *self.drop))
+        for pattern, template in self.rename.items():
+            try:
+                re.compile(pattern).sub(template, "")
+            except (re.error, IndexError) as error:
+                problems.append(f"key map: {pattern!r}: {template!r} is no regular expression and template: {error}")
+        return problems
+
+    def translate(self, name: str) -> str | None:
+        """The first model's name of another's tensor, None for what is dropped."""
+        if any(matcher(pattern).search(name) for pattern in self.drop):
+            return None
+        for pattern, template in self.rename.items():
+            if match := re.fullmatch(pattern, name):
+                return match.expand(template)
+        return name
+
+
 class MergeConfig(BaseModel):
     """Everything that decides a merge's bytes, and the limits it runs under.
 
@@ -57,6 +93,8 @@ class MergeConfig(BaseModel):
     method: str | None = None
     """None: `rgsp` for two models, `relative` for more."""
     base: str | None = None
+    key_map: KeyMap | None = None
+    """For every other model, and the base, whose names are not the first model's already."""
     covariances: tuple[str, ...] = ()
     """Files of `rgsp covariances`, for methods that need them: of the first model, or of every model in order."""
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
@@ -84,11 +122,9 @@ class MergeConfig(BaseModel):
             problems.append("models: name at least one model to merge")
         if self.dtype is not None and self.dtype not in DTYPES:
             problems.append(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        for pattern in (*self.include, *self.exclude, *(o.pattern for o in self.overrides)):
-            try:
-                matcher(pattern)
-            except re.error as error:
-                problems.append(f"pattern {pattern!r} is no regular expression: {error}")
+        problems += find_bad_patterns((*self.include, *self.exclude, *(o.pattern for o in self.overrides)))
+        if self.key_map is not None:
+            problems += self.key_map.problems()
         names = [self.method, *(o.method for o in self.overrides)]
         unknown = [n for n in names if n is not None and n not in methods]
         problems += [f"no method {n!r}; there are {', '.join(methods)}" for n in unknown]
@@ -169,6 +205,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def find_bad_patterns(patterns: Iterable[str]) -> list[str]:
+    """One sentence for each pattern that cannot be read."""
+    problems = []
+    for pattern in patterns:
+        try:
+            matcher(pattern)
+        except re.error as error:
+            problems.append(f"pattern {pattern!r} is no regular expression: {error}")
+    return problems
+
+
 def matcher(pattern: str) -> re.Pattern[str]:
     """A compiled glob, or the regular expression behind `re:` (searched anywhere in the name)."""
     if pattern.startswith("re:"):
@@ -194,7 +241,8 @@ def parse_config(fields: Mapping[str, Any], source: str) -> MergeConfig:
 def describe_field(location: tuple[int | str, ...], kind: str, message: str) -> str:
     """One sentence on a field that pydantic does not take."""
     if kind == "extra_forbidden":
-        known = Override.model_fields if len(location) > 1 else MergeConfig.model_fields
+        inner = KeyMap if location[0] == "key_map" else Override
+        known = inner.model_fields if len(location) > 1 else MergeConfig.model_fields
         message = f"no such setting; there are {', '.join(known)}"
     return f"{'.'.join(map(str, location))}: {message.removeprefix('Value error, ')}"
 

@@ -301,7 +301,8 @@ def join_sites(sites: Sequence[InputSite]) -> InputShape:
 def is_merged(config: MergeConfig, name: str) -> bool:
     """False for tensors that stay as they are in the first model."""
     included = not config.include or any(matcher(p).search(name) for p in config.include)
-    return included and not any(matcher(p).search(name) for p in config.exclude)
+    left = (*config.exclude, *(config.key_map.keep if config.key_map else ()))
+    return included and not any(matcher(p).search(name) for p in left)
 
 
 def settings_for(config: MergeConfig, name: str) -> tuple[Method, dict[str, Any]]:

@@ -11,6 +11,8 @@ import numpy as np
 from rgsp_jax.checkpoint import (
     Checkpoint,
     CovarianceFile,
+    RenamedCheckpoint,
+    as_on_disk,
     check_output,
     find_foreign,
     find_problems,
@@ -64,12 +66,15 @@ def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparatio
         if out is not None:
             problems += check_output(out, checkpoints)
         if len(checkpoints) == len(labels) and checkpoints:
+            checkpoints, unmapped = rename_others(config, checkpoints)
             models, first = checkpoints[: len(config.models)], checkpoints[0]
-            problems += find_problems(models, skip=lambda name: not is_merged(config, name))
             # Only what is merged has to be in the base: buffers are the first model's, and a base may have a head.
-            problems += find_problems(
-                [first, *checkpoints[len(models) :]], skip=lambda name: not needs_base(config, first, name)
-            )
+            problems += unmapped or [
+                *find_problems(models, skip=lambda name: not is_merged(config, name)),
+                *find_problems(
+                    [first, *checkpoints[len(models) :]], skip=lambda name: not needs_base(config, first, name)
+                ),
+            ]
         if problems:
             raise RefusedError(problems)
         first = checkpoints[0]
@@ -78,14 +83,15 @@ def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparatio
         names = [name for name in first.specs if name not in tied]
         model_type = (first.config or {}).get("model_type")
         for file, checkpoint in zip(covariances, checkpoints, strict=False):
-            if strangers := [name for name in file.site_of if name not in checkpoint.specs]:
+            there = as_on_disk(checkpoint).specs
+            if strangers := [name for name in file.site_of if name not in there]:
                 others = f" and {len(strangers) - 1} others" if strangers[1:] else ""
                 problems.append(
                     f"{file.path} was made with another model: {checkpoint.path} has no {strangers[0]!r}{others}"
                 )
         if problems:
             raise RefusedError(problems)
-        sites = [list_sites(file) for file in covariances]
+        sites = [list_sites(*pair) for pair in zip(covariances, checkpoints, strict=False)]
         plan = plan_merge(config, [c.specs for c in checkpoints], names=names, model_type=model_type, sites=sites)
         if plan.problems:
             raise RefusedError(plan.problems)
@@ -101,23 +107,43 @@ LENGTHS = {"sketch": "sketch", "spectrum": "values"}
 """Kind of site -> the array whose length is its number of rows."""
 
 
-def list_sites(covariances: CovarianceFile) -> dict[str, InputSite]:
-    """Tensor name -> where its inputs lie and how much of them there is."""
+def rename_others(config: MergeConfig, checkpoints: list[Checkpoint]) -> tuple[list[Checkpoint], list[str]]:
+    """The models under the first one's names, by the config's key map, and what stands against that."""
+    if config.key_map is None:
+        return checkpoints, []
+    renamed: list[Checkpoint] = checkpoints[:1]
+    problems: list[str] = []
+    for checkpoint in checkpoints[1:]:
+        try:
+            same = checkpoint.specs.keys() == checkpoints[0].specs.keys()
+            renamed.append(checkpoint if same else RenamedCheckpoint(checkpoint, config.key_map.translate))
+        except RefusedError as error:
+            renamed.append(checkpoint)
+            problems += error.problems
+    return renamed, problems
+
+
+def list_sites(covariances: CovarianceFile, checkpoint: Checkpoint) -> dict[str, InputSite]:
+    """Tensor name in the merge -> where its inputs lie and how much of them there is."""
+    on_disk = checkpoint.on_disk if isinstance(checkpoint, RenamedCheckpoint) else {n: n for n in checkpoint.specs}
     held_back: Counter[int] = Counter()  # by width: one kernel serves all sites of a width
     for site in covariances.sites.values():
         if site.kind != "counts":
             held_back[site.width] = max(held_back[site.width], covariances.shape(site.name, "held_back")[0])
     found = {}
-    for name, site in covariances.site_of.items():
+    for new, name in on_disk.items():
+        if name not in covariances.site_of:
+            continue
+        site = covariances.site_of[name]
         rows = covariances.shape(site.name, LENGTHS[site.kind])[0] if site.kind in LENGTHS else 0
-        found[name] = InputSite(site.name, site.kind, site.width, rows, held_back[site.width])
+        found[new] = InputSite(site.name, site.kind, site.width, rows, held_back[site.width])
     return found
 
 
 def check_covariances(preparation: Preparation) -> None:
     """RefusedError where covariances were collected from other weights than the model's they stand for."""
     pairs = zip(preparation.covariances, preparation.checkpoints, strict=False)
-    if problems := [problem for file, checkpoint in pairs for problem in find_foreign(file, checkpoint)]:
+    if problems := [problem for file, checkpoint in pairs for problem in find_foreign(file, as_on_disk(checkpoint))]:
         raise RefusedError(problems)
 
 

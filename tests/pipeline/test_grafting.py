@@ -26,16 +26,19 @@ def inputs_of(name: str, width: int) -> tuple[np.ndarray, np.ndarray]:
     return rows[:40], rows[40:]
 
 
-def collect(path, model: Mapping[str, np.ndarray], skip=UNCOVERED):
-    """A covariance file of the matrices: the query shares its site with another weight, one site is a sketch."""
+def collect(path, model: Mapping[str, np.ndarray], skip=UNCOVERED, names: Mapping[str, str] | None = None):
+    """A covariance file of the matrices: the query shares its site with another weight, one site is a sketch.
+
+    `names` are those of the model's own, where it has others than the toy model.
+    """
     sites, tensors = [], {}
     weights = {name: shape for name, shape in MATRICES.items() if name not in skip}
     for number, (name, (_, width)) in enumerate(weights.items()):
         if name == OUTPUT:
             continue  # shares the query's
-        names = [QUERY, OUTPUT] if name == QUERY else [name]
+        shared = [QUERY, OUTPUT] if name == QUERY else [name]
         kind = "sketch" if name == SKETCHED else "full"
-        site = Site(name, {n: digest(model[n]) for n in names}, kind, width, 40)
+        site = Site(name, {(names or {}).get(n, n): digest(model[n]) for n in shared}, kind, width, 40)
         seen, held_back = inputs_of(name, width)
         parts = {"mean": seen.mean(0), "held_back": held_back[: 10 - number % 3]}
         covariance = seen.T @ seen / len(seen)
