@@ -46,10 +46,11 @@ ALLOWED = {
     "checkpoint": FOUNDATION | {"layouts", "rules", "models"},
     "activations": set(PURE) | {"checkpoint", "models"},
     "pipeline": set(PURE) | {"checkpoint", "models"},
+    "alignment": {"errors", "checkpoint"},
     "comparison": set(PURE) | {"checkpoint", "pipeline"},
     "demo": set(PURE) | {"checkpoint", "models", "pipeline"},
     "sweep": set(PURE) | {"checkpoint", "pipeline"},
-    "cli": set(PURE) | {"checkpoint", "models", "activations", "pipeline", "comparison", "demo", "sweep"},
+    "cli": set(PURE) | {"checkpoint", "models", "activations", "alignment", "pipeline", "comparison", "demo", "sweep"},
 }
 PURE_PACKAGES = {"jax", "jaxtyping", "ott", "optax", "numpy", "rgsp_jax"}
 STANDARD = {

@@ -25,8 +25,8 @@ SKIPPED_NAMES = re.compile(
 SKIPPED_FOLDERS = re.compile(
     r"(?i)^(checkpoint-\d+|global_step\d+|runs|logs|wandb|onnx|openvino|coreml|__pycache__|figures|assets|images)$"
 )
-OWN_FILES = frozenset({"report.jsonl", "report.html", "merge_config.yaml", "merge_summary.json"})
-"""Names under which a merge reports on itself; never copied from a parent that is itself a merge."""
+OWN_FILES = frozenset({"report.jsonl", "report.html", "merge_config.yaml", "merge_summary.json", "alignment.json"})
+"""Names under which merges and alignments report on themselves; never copied from a parent that is one."""
 MAX_DEPTH = 4
 
 FLOAT_NAMES = ("float32", "float16", "bfloat16", "float64")

@@ -22,7 +22,7 @@ from rgsp_jax.pipeline import MergeResult
 from rgsp_jax.pipeline.merge import Progress as OnProgress
 from rgsp_jax.pipeline.report import make_encodable
 
-STAGES = {"merge": "merging", "audit": "checking", "convert": "converting"}
+STAGES = {"merge": "merging", "audit": "checking", "convert": "converting", "match": "matching", "align": "writing"}
 
 
 def show(text: object) -> str:

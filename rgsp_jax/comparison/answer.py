@@ -174,7 +174,8 @@ def advise(
         advice.append("Shared coordinates do not make tasks agree: where these contradict each other, no merge helps.")
     if "permuted" in relations:
         advice.append(
-            "Align permuted models first (`rgsp_jax.merging.match_weights`, then `permute`), compare again, then merge."
+            "Align permuted models first (`rgsp align` for heads and MLP units in another order; for a residual stream "
+            "in another order `rgsp_jax.merging.match_weights`, then `permute`), compare again, then merge."
         )
     if "unrelated" in relations:
         advice.append("Do not average unrelated models: choose one, or train a student on the answers of both.")
