@@ -25,7 +25,7 @@ from rgsp_jax.merging import (
     wudi,
 )
 from rgsp_jax.method import Method
-from rgsp_jax.rgsp import dgsm, gsf, relative, rgsp, rgsp_seed
+from rgsp_jax.rgsp import dgsm, gsf, relative, relative_weighted, rgsp, rgsp_seed
 
 BASE, KEY = frozenset({"base"}), frozenset({"key"})
 
@@ -73,6 +73,13 @@ TABLE = (
         relative,
         "Base-free fusion of K models: decorrelated low-rank departures from their mean.",
         order_invariant=True,
+        scale_equivariant=True,
+        rotation_equivariant=True,
+    ),
+    Method(
+        "relative_weighted",
+        relative_weighted,
+        "The family of `relative` with a coefficient per model or direction: what learned settings are written as.",
         scale_equivariant=True,
         rotation_equivariant=True,
     ),

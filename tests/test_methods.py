@@ -16,6 +16,7 @@ from rgsp_jax.types import InputStatistics
 RANK = 3
 SHAPES = ((7, 5), (5, 8))
 TESTED = {"iso_cts": {"common_share": 0.4}, "dare": {"drop_rate": 0.4}, "dare_ties": {"drop_rate": 0.4}}
+TESTED["relative_weighted"] = {"directions": (1.0, 0.5, 2.0), "rest": (0.1, 0.0, -0.2)}
 RANKED = [name for name, method in methods.items() if "rank" in method.hyperparameters]
 every_method = pytest.mark.parametrize("name", list(methods))
 masked_method = pytest.mark.parametrize("name", [n for n in RANKED if "active_rank" in methods[n].hyperparameters])

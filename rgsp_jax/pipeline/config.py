@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -182,6 +182,8 @@ class MergeConfig(BaseModel):
 
 ARRAYS = frozenset({"coefficients", "w_q", "w_k"})
 """Hyperparameters that are arrays where the methods are called as functions."""
+PER_MODEL = frozenset({"directions", "rest"})
+"""Hyperparameters that are a number, or one or several for each model."""
 
 
 def value_problem(name: str, value: Any, count: int, with_base: bool) -> str | None:
@@ -194,11 +196,21 @@ def value_problem(name: str, value: Any, count: int, with_base: bool) -> str | N
         if with_base or math.fsum(value):  # on a base they weigh task vectors, which may cancel
             return None
         return f"coefficients {list(value)} sum to zero: there is no such average"
+    if name in PER_MODEL and isinstance(value, (list, tuple)):
+        return find_shape_problem(name, value, count)
     if name in ARRAYS and value is not None:
         return f"{name} is for callers of the library: leave it out here"
     if value is None or isinstance(value, (bool, int, float, str)):
         return None
     return f"{name} must be one number or word, not {value!r}"
+
+
+def find_shape_problem(name: str, value: Sequence[Any], count: int) -> str | None:
+    """Why a list is not a number for each model, or for each model a list of as many."""
+    rows = [row if isinstance(row, (list, tuple)) else [row] for row in value]
+    if len(rows) != count or len({len(row) for row in rows}) != 1 or not all(is_number(x) for row in rows for x in row):
+        return f"{name} must be a number, or a list with a number (or an equally long list of them) per model"
+    return None
 
 
 def is_number(value: Any) -> bool:

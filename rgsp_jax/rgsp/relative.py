@@ -1,6 +1,6 @@
 """`relative`: base-free fusion of K models (SPEC.md section 3)."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,7 +11,7 @@ from rgsp_jax.method import ActiveRank, Hyperparameter, Rank
 from rgsp_jax.rgsp.alignment import PRECISION
 from rgsp_jax.rgsp.pairwise import decompose
 from rgsp_jax.rgsp.stats import svd_stats
-from rgsp_jax.types import MergeOutput
+from rgsp_jax.types import MergeOutput, TruncatedSVD
 
 Scale = Annotated[
     Any,
@@ -55,16 +55,100 @@ def relative(
         active_rank: run-time rank; the result equals that at this rank.
         scale: a number, or "auto": `2 / (1 + 20 rho)` with rho the mean of |theta_i - mean| / |mean|.
     """
+    parts, svds = relative_parts(stack, rank, active_rank)
+    factor = automatic_scale(parts.rho) if isinstance(scale, str) else jnp.asarray(scale, stack.dtype)
+    stats = svd_stats(svds, active_rank) | {"rho": parts.rho, "scale": factor}
+    if stack.shape[0] == 2:  # the two task vectors cancel exactly; no rounding of theirs may leak in
+        return MergeOutput(parts.mean, stats)
+    return MergeOutput(compose(parts, stack, factor), stats)
+
+
+class RelativeParts(NamedTuple):
+    """What the family `mean + sum_k a_k tau_k + b_k rest_k` is made of, for one matrix and r directions a model."""
+
+    mean: Float[Array, "m n"]
+    u: Float[Array, "k m r"]
+    """Decorrelated left directions of every model, times their singular values."""
+    v: Float[Array, "k n r"]
+    """Decorrelated right directions: `tau_k = u_k v_k^T`."""
+    own_u: Float[Array, "k m r"]
+    """Left singular vectors of every relative task vector, times their singular values."""
+    own_v: Float[Array, "k n r"]
+    """Right singular vectors: `rest_k = theta_k - mean - own_u_k own_v_k^T`."""
+    rho: Float[Array, ""]
+
+
+def relative_parts(
+    stack: Float[Array, "k m n"], rank: int | float = 0.05, active_rank: Array | int | None = None
+) -> tuple[RelativeParts, list[TruncatedSVD]]:
+    """Decompose K models once; every member of the family is then a few products away (`compose`)."""
+    count = stack.shape[0]
     mean = stack_mean(stack)
     differences = stack - mean[None]
-    rho = relative_distance(stack, mean)
-    factor = automatic_scale(rho) if isinstance(scale, str) else jnp.asarray(scale, stack.dtype)
     svds = decompose(differences, rank, active_rank)
-    stats = svd_stats(svds, active_rank) | {"rho": rho, "scale": factor}
-    if stack.shape[0] == 2:  # the two task vectors cancel exactly; no rounding of theirs may leak in
-        return MergeOutput(mean, stats)
     u = polar_factor(jnp.concatenate([d.u for d in svds], axis=1))
     v = polar_factor(jnp.concatenate([d.v for d in svds], axis=1))
-    s = jnp.concatenate([d.s for d in svds])
-    merged = mean + factor * jnp.matmul(u * s[None, :], v.T, precision=PRECISION)
-    return MergeOutput(merged, stats)
+    s = jnp.stack([d.s for d in svds])
+    left, right = (jnp.moveaxis(x.reshape(x.shape[0], count, -1), 1, 0) for x in (u, v))
+    own_u, own_v = jnp.stack([d.u for d in svds]) * s[:, None, :], jnp.stack([d.v for d in svds])
+    rho = relative_distance(stack, mean)
+    return RelativeParts(mean, left * s[:, None, :], right, own_u, own_v, rho), svds
+
+
+def compose(
+    parts: RelativeParts, stack: Float[Array, "k m n"], directions: Array | float, rest: Array | float | None = None
+) -> Float[Array, "m n"]:
+    """`W* = mean + sum_k (sum_j a_kj u_kj v_kj^T + b_k rest_k)`, linear in a and b.
+
+    Args:
+        parts: of `stack`.
+        stack: the K models [K, m, n].
+        directions: a, a number, [K] or [K, r].
+        rest: b, a number or [K]; None leaves the rest out.
+    """
+    count, _, rank = parts.u.shape
+    a = jnp.asarray(directions, parts.mean.dtype)
+    a = jnp.broadcast_to(a[:, None] if a.ndim == 1 else a, (count, rank))
+    merged = parts.mean + join_directions(parts.u * a[:, None, :], parts.v)
+    if rest is None:
+        return merged
+    b = jnp.broadcast_to(jnp.asarray(rest, parts.mean.dtype), (count,))
+    whole = jnp.tensordot(b, stack - parts.mean[None], axes=1)
+    return merged + whole - join_directions(parts.own_u * b[:, None, None], parts.own_v)
+
+
+def join_directions(u: Float[Array, "k m r"], v: Float[Array, "k n r"]) -> Float[Array, "m n"]:
+    """`sum_k u_k v_k^T` as one product."""
+    left, right = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1) for x in (u, v))
+    return jnp.matmul(left, right.T, precision=PRECISION)
+
+
+Directions = Annotated[
+    Any, Hyperparameter("coefficients of the leading directions: one, one per model, or one per model and direction")
+]
+Rest = Annotated[Any, Hyperparameter("coefficients of what the directions leave: one, or one per model")]
+
+
+def relative_weighted(
+    stack: Float[Array, "k m n"],
+    rank: Rank = 0.05,
+    active_rank: ActiveRank = None,
+    directions: Directions = 1.0,
+    rest: Rest = 0.0,
+) -> MergeOutput:
+    """The family that learning chooses from: `W* = mean + sum_k a_k tau_k + b_k rest_k` (SPEC.md sections 2 and 3).
+
+    `tau_k` is model k's part of `relative`, decorrelated from the other models'; `rest_k` is what its leading
+    directions leave of `theta_k - mean`. With one number for `directions` and no `rest` this is `relative` of three or
+    more models.
+
+    Args:
+        stack: K >= 2 models [K, m, n].
+        rank: directions kept of each relative task vector; a fraction is of min(m, n).
+        active_rank: run-time rank; the result equals that at this rank.
+        directions: a number, [K], or [K, rank].
+        rest: a number or [K].
+    """
+    parts, svds = relative_parts(stack, rank, active_rank)
+    stats = svd_stats(svds, active_rank) | {"rho": parts.rho}
+    return MergeOutput(compose(parts, stack, directions, rest), stats)
