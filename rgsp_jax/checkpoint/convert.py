@@ -30,8 +30,10 @@ from rgsp_jax.checkpoint.shard_writer import ShardWriter
 from rgsp_jax.checkpoint.specs import Checkpoint
 from rgsp_jax.errors import RefusedError
 
-PIECE_BYTES = 128 << 20
-"""Bytes that are converted at a time; two such pieces are in memory, one being read and one being written."""
+MEMORY = 1 << 30
+"""Bytes that a conversion takes above the process's own, unless the caller says otherwise."""
+COPIES = 4
+"""Pieces in memory at once: one being read, one being turned, one being written and Orbax's own copy of it."""
 ROOM = 64_000_000
 """Bytes set aside on the disk for metadata and companion files."""
 Progress = Callable[[int, int], None]
@@ -56,6 +58,7 @@ def convert_to_flax(
     style: Style = "nnx",
     dtype: Any = None,
     allow_unmapped: bool = False,
+    memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert a PyTorch checkpoint to an Orbax checkpoint of its Flax tree, a piece of it in memory at a time.
@@ -68,6 +71,7 @@ def convert_to_flax(
         out: directory to create, complete or not at all.
         style, allow_unmapped: see `build_manifest`.
         dtype: of floating-point leaves; as on disk by default. The manifest keeps the one on disk.
+        memory: bytes to take above the process's own; more where the largest tensor needs it.
         progress: called as bytes are written.
 
     Raises:
@@ -86,7 +90,7 @@ def convert_to_flax(
     scratch = make_scratch(out)
     try:
         fresh = scratch / out.name
-        pieces = read_pieces(checkpoint, manifest, dtype)
+        pieces = read_pieces(checkpoint, manifest, dtype, memory // COPIES)
         save_pieces(fresh, report(pieces, total, progress), {METADATA_KEY: manifest.to_json()})
         copy_listed(checkpoint.root, fresh, manifest.companions)
         publish(fresh, out)
@@ -95,12 +99,12 @@ def convert_to_flax(
     return Conversion(out, len(manifest.records), total, style, manifest.unmapped)
 
 
-def divide(records: Iterable[WeightRecord]) -> Iterator[list[WeightRecord]]:
-    """Runs of records of about PIECE_BYTES each."""
+def divide(records: Iterable[WeightRecord], piece_bytes: int) -> Iterator[list[WeightRecord]]:
+    """Runs of records of at most `piece_bytes` each, or one larger record."""
     piece: list[WeightRecord] = []
     filled = 0
     for record in records:
-        if piece and filled + record.spec.nbytes > PIECE_BYTES:
+        if piece and filled + record.spec.nbytes > piece_bytes:
             yield piece
             piece, filled = [], 0
         piece.append(record)
@@ -109,9 +113,9 @@ def divide(records: Iterable[WeightRecord]) -> Iterator[list[WeightRecord]]:
         yield piece
 
 
-def read_pieces(checkpoint: Checkpoint, manifest: Manifest, dtype: Any) -> Iterator[Any]:
+def read_pieces(checkpoint: Checkpoint, manifest: Manifest, dtype: Any, piece_bytes: int) -> Iterator[Any]:
     """Trees that together are the checkpoint's."""
-    for piece in divide(manifest.owners):
+    for piece in divide(manifest.owners, piece_bytes):
         yield build_tree({tuple(map(str, record.path)): read_leaf(checkpoint, record, dtype) for record in piece})
 
 
@@ -134,6 +138,7 @@ def convert_to_huggingface(
     *,
     dtype: Any = None,
     max_shard_size: int | None = None,
+    memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write a checkpoint as a Hugging Face directory of safetensors, tensor by tensor.
@@ -146,6 +151,7 @@ def convert_to_huggingface(
         out: directory to create, complete or not at all.
         dtype: of floating-point weights; by default as in the PyTorch checkpoint.
         max_shard_size: bytes per file; by default as in the PyTorch checkpoint.
+        memory: bytes to take above the process's own; more where the largest tensor needs it.
         progress: called as bytes are written.
 
     Raises:
@@ -163,7 +169,7 @@ def convert_to_huggingface(
         copy_companions(checkpoint, directory, dtype=None if dtype is None else np.dtype(dtype).name)
 
     plan = plan_return(records, dtype, max_shard_size)
-    arrays = restore_all(records, read_leaves(checkpoint, records), dtype, progress)
+    arrays = restore_all(records, read_leaves(checkpoint, records, memory // COPIES), dtype, progress)
     write_directory(out, plan, arrays, copy_rest, problems)
     return Conversion(out.absolute(), len(records), plan.total_size, None, ())
 
@@ -202,9 +208,9 @@ def save_huggingface(
     write_directory(directory, plan, arrays, copy_rest, check_output(directory, []))
 
 
-def read_leaves(checkpoint: Checkpoint, records: Sequence[WeightRecord]) -> Iterator[Any]:
+def read_leaves(checkpoint: Checkpoint, records: Sequence[WeightRecord], piece_bytes: int) -> Iterator[Any]:
     """The leaf of every record in turn, the next piece being read while this one is used; None for those without."""
-    pieces = list(divide(records))
+    pieces = list(divide(records, piece_bytes))
 
     def read(piece: list[WeightRecord]) -> list[Any]:
         names = [None if 0 in record.shape else name_on_disk(checkpoint, record) for record in piece]

@@ -42,6 +42,7 @@ def show_conversion(conversion: Conversion) -> None:
 @click.option("--style", type=click.Choice(STYLES), help="Names of the Flax tree.  [default: nnx]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of floating-point weights.  [default: as they were]")
 @click.option("--max-shard-size", help="Bytes per safetensors file, such as 5GB.  [default: as they were]")
+@click.option("--memory", default="1GB", show_default=True, help="Memory to take above the process's own.")
 @click.option("--allow-unmapped", is_flag=True, help="Pass keys through that no known module holds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def convert(
@@ -51,6 +52,7 @@ def convert(
     style: str | None,
     dtype: str | None,
     max_shard_size: str | None,
+    memory: str,
     allow_unmapped: bool,
     as_json: bool,
 ) -> None:
@@ -69,10 +71,12 @@ def convert(
         ]
     elif max_shard_size is not None:
         problems.append("--max-shard-size is for --to huggingface: leave it out")
-    try:
-        limit = None if max_shard_size is None else parse_size(max_shard_size)
-    except ValueError as error:
-        problems.append(f"--max-shard-size {error}")
+    sizes: dict[str, int] = {}
+    for option, text in (("--max-shard-size", max_shard_size), ("--memory", memory)):
+        try:
+            sizes |= {} if text is None else {option: parse_size(text)}
+        except ValueError as error:
+            problems.append(f"{option} {error}")
     if problems:
         raise RefusedError(problems)
     with open_checkpoint(source) as checkpoint, progress_bars() as show_progress:
@@ -88,10 +92,18 @@ def convert(
                 style="linen" if style == "linen" else "nnx",
                 dtype=dtype,
                 allow_unmapped=allow_unmapped,
+                memory=sizes["--memory"],
                 progress=progress,
             )
         else:
-            conversion = convert_to_huggingface(checkpoint, out, dtype=dtype, max_shard_size=limit, progress=progress)
+            conversion = convert_to_huggingface(
+                checkpoint,
+                out,
+                dtype=dtype,
+                max_shard_size=sizes.get("--max-shard-size"),
+                memory=sizes["--memory"],
+                progress=progress,
+            )
     if as_json:
         facts = {"out": str(out), "tensors": conversion.tensors, "bytes": conversion.bytes_out}
         click.echo(json.dumps({**facts, "style": conversion.style, "unmapped": list(conversion.unmapped)}, indent=2))
