@@ -141,6 +141,14 @@ def check_trees(method: Method, flat: Sequence[Any], hyperparameters: Any, needs
         problems.append(problem)
     words = {"base": "base=, the common ancestor", "covariances": "inputs=, statistics of its inputs", "key": "key="}
     problems += [f"method {method.name!r} needs {words[need]}" for need in sorted(method.needs) if needs[need] is None]
+    problems += check_structures(flat)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_structures(flat: Sequence[Any]) -> list[str]:
+    """How flattened trees differ from the first in structure and shapes, as sentences."""
+    problems = []
     for k, (leaves, treedef) in enumerate(flat[1:], 2):
         if treedef != flat[0][1]:
             ours, theirs = ({leaf_name(path) for path, _ in x} for x in (flat[0][0], leaves))
@@ -154,8 +162,7 @@ def check_trees(method: Method, flat: Sequence[Any], hyperparameters: Any, needs
             for (path, first), (_, other) in zip(flat[0][0], leaves, strict=True)
             if jnp.shape(first) != jnp.shape(other)
         ]
-    if problems:
-        raise ValueError("; ".join(problems))
+    return problems
 
 
 def assign_rule(

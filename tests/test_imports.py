@@ -24,6 +24,7 @@ PURE = (
     "similarity",
     "registry",
     "trees",
+    "learning",
 )
 FOUNDATION = {"types", "errors", "version"}
 ALLOWED = {
@@ -42,6 +43,7 @@ ALLOWED = {
     "similarity": FOUNDATION | {"linalg"},
     "registry": {"method", "rgsp", "merging", "grafting"},
     "trees": {"method", "registry", "rules", "batching", "types"},
+    "learning": FOUNDATION | {"linalg", "rgsp", "method", "rules", "trees"},
     "models": FOUNDATION | {"layouts"},
     "checkpoint": FOUNDATION | {"layouts", "rules", "models"},
     "activations": set(PURE) | {"checkpoint", "models"},

@@ -1,0 +1,57 @@
+"""Gradient steps on coefficients: a pure step, and the loop over batches."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+Loss = Callable[..., Float[Array, ""]]
+"""`loss(parameters, *data) -> scalar`."""
+
+
+class LearningState(NamedTuple):
+    """Everything that the next step depends on; a pytree of arrays, so that it can be saved and resumed exactly."""
+
+    step: Int[Array, ""]
+    parameters: Any
+    optimiser: Any
+
+
+def start_learning(parameters: Any, optimiser: optax.GradientTransformation) -> LearningState:
+    """The state before the first step."""
+    return LearningState(jnp.zeros((), jnp.int32), parameters, optimiser.init(parameters))
+
+
+Step = Callable[..., tuple[LearningState, Float[Array, ""]]]
+"""`step(state, *data) -> (state, loss)`."""
+
+
+def make_step(loss: Loss, optimiser: optax.GradientTransformation) -> Step:
+    """`step(state, *data) -> (state, loss)`, jitted: one gradient step of the optimiser.
+
+    A step whose loss or gradient is not finite changes nothing but the count.
+    """
+
+    @jax.jit
+    def step(state: LearningState, *data: Any) -> tuple[LearningState, Float[Array, ""]]:
+        value, gradient = jax.value_and_grad(loss)(state.parameters, *data)
+        leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves((value, gradient))]
+        finite = jnp.stack(leaves).all()
+        updates, inner = optimiser.update(gradient, state.optimiser, state.parameters)
+        new, old = (optax.apply_updates(state.parameters, updates), inner), (state.parameters, state.optimiser)
+        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+        return LearningState(state.step + 1, *kept), value
+
+    return step
+
+
+def learn(
+    state: LearningState, step: Step, batches: Iterable[tuple[Any, ...]]
+) -> Iterator[tuple[LearningState, Float[Array, ""]]]:
+    """Yield the state and the loss after every batch; what is done with them (report, save, stop) is the caller's."""
+    for data in batches:
+        state, value = step(state, *data)
+        yield state, value

@@ -1,0 +1,219 @@
+"""Coefficients learned by gradient: the family against the methods it generalises, gradients, losses, steps, export."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from references import directional_derivative
+from rgsp_jax import learning, merge, methods
+from rgsp_jax.rgsp.relative import relative_parts
+
+RANK = 3
+
+
+def make_trees(count=3, seed=0, spread=0.2):
+    """Siblings with a matrix, a stack of experts, an embedding, a norm and a counter, in float64."""
+    shapes = {
+        "dense": {"kernel": (8, 9), "bias": (9,)},
+        "experts": {"kernel": (2, 7, 6)},
+        "word": {"embedding": (11, 8)},
+        "norm": {"scale": (9,)},
+    }
+    rng = np.random.default_rng(seed)
+    base = jax.tree.map(lambda shape: rng.normal(size=shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return [
+        jax.tree.map(lambda x: jnp.asarray(x + spread * rng.normal(size=x.shape)), base) | {"steps": jnp.arange(3)}
+        for _ in range(count)
+    ]
+
+
+def random_coefficients(family, per="direction"):
+    rng = np.random.default_rng(5)
+    start = learning.start_coefficients(family, per)
+    return jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape)), start)
+
+
+def assert_trees_close(first, second, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), first, second)
+
+
+def test_the_start_is_relative_and_of_two_models_their_mean():
+    trees = make_trees()
+    for tree in trees:
+        tree.pop("experts")  # stacked matrices share one coefficient here, and have a scale each in `relative`
+    family = learning.prepare_family(trees, RANK)
+    for coefficients in ({}, learning.start_coefficients(family), learning.start_coefficients(family, "direction")):
+        composed = learning.compose_tree(family, coefficients)
+        assert_trees_close(composed, merge(trees, "relative", rank=RANK)[0], 1e-12)
+    pair = learning.prepare_family(trees[:2], RANK)
+    composed = learning.compose_tree(pair, learning.start_coefficients(pair))
+    assert_trees_close(composed, merge(trees[:2], "average")[0], 1e-12)
+
+
+def test_a_family_holds_what_was_asked_for():
+    family = learning.prepare_family(make_trees(), RANK)
+    everything = learning.start_coefficients(family, "direction")
+    assert everything.keys() == {"dense/kernel", "dense/bias", "experts/kernel", "word/embedding", "norm/scale"}
+    assert everything["dense/kernel"]["directions"].shape == (3, RANK)
+    assert set(everything["word/embedding"]) == {"rest"}
+    some = learning.start_coefficients(family, learn=("directions",), select=lambda name: name.startswith("dense"))
+    assert list(some) == ["dense/kernel"] and list(some["dense/kernel"]) == ["directions"]
+    assert learning.compose_tree(family, everything)["steps"].dtype == jnp.arange(3).dtype
+
+
+@pytest.mark.parametrize("per", ["model", "direction"])
+def test_exported_settings_give_the_composed_model(per):
+    trees = make_trees()
+    family = learning.prepare_family(trees, RANK)
+    coefficients = random_coefficients(family, per)
+    composed = learning.compose_tree(family, coefficients)
+    settings = learning.export_settings(family, coefficients, RANK)
+    views = dict(family.views)
+    assert settings.keys() == family.stacks.keys() - {"steps"}
+    for name, (method, hyperparameters) in settings.items():
+        stack = family.stacks[name]
+        expected = composed
+        for part in name.split("/"):
+            expected = expected[part]
+        arrays = {key: jnp.asarray(x) if isinstance(x, list) else x for key, x in hyperparameters.items()}
+        if name in views:
+            matrices = jnp.stack([views[name].to_matrices(leaf) for leaf in stack], axis=1)
+            found = views[name].from_matrices(jnp.stack([methods[method](m, **arrays).merged for m in matrices]))
+        else:
+            rows = stack.reshape(len(stack), 1, -1)
+            found = methods[method](rows, **arrays).merged.reshape(stack.shape[1:])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_gradients_in_every_coefficient_and_through_the_decomposition():
+    trees = make_trees()
+    family = learning.prepare_family(trees, RANK)
+    start = random_coefficients(family)
+
+    def probe(coefficients):
+        leaves = jax.tree.leaves(learning.compose_tree(family, coefficients))
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+    gradient = jax.grad(probe)(start)
+    rng = np.random.default_rng(1)
+    direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), start)
+    found = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
+
+    def along(t):
+        return probe(jax.tree.map(lambda x, d: x + t * d, start, direction))
+
+    expected = (along(1e-5) - along(-1e-5)) / 2e-5
+    np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+    stack = family.stacks["dense/kernel"]
+
+    def of_weights(stack):
+        parts, _ = relative_parts(stack, RANK)
+        return jnp.sum(jnp.sin(parts.u @ jnp.swapaxes(parts.v, 1, 2)))
+
+    direction = jnp.asarray(rng.normal(size=stack.shape))
+    expected = directional_derivative(of_weights, stack, direction, 1e-5)
+    np.testing.assert_allclose(jnp.vdot(jax.grad(of_weights)(stack), direction), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["equal", "zero", "rank one"])
+def test_degenerate_families_are_finite(case):
+    tree = {"dense": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)))}}
+    if case == "zero":
+        trees = [jax.tree.map(jnp.zeros_like, tree)] * 3
+    elif case == "equal":
+        trees = [tree] * 3
+    else:
+        outer = jnp.outer(jnp.arange(6.0), jnp.ones(5))
+        trees = [{"dense": {"kernel": i * outer}} for i in range(3)]
+
+    def total(coefficients, trees):
+        family = learning.prepare_family(trees, 2)
+        return jnp.sum(learning.compose_tree(family, coefficients)["dense"]["kernel"] ** 2)
+
+    start = learning.start_coefficients(learning.prepare_family(trees, 2), "direction")
+    value, gradients = jax.value_and_grad(total, argnums=(0, 1))(start, trees)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((value, gradients)))
+
+
+def test_trees_that_do_not_match_are_refused():
+    first, second = make_trees(2)
+    second["dense"]["bias"] = jnp.zeros(4)
+    with pytest.raises(ValueError, match=r"dense/bias is \(9,\) in tree 1 and \(4,\) in tree 2"):
+        learning.prepare_family([first, second])
+    with pytest.raises(ValueError, match="two models or more"):
+        learning.prepare_family([first])
+
+
+def test_losses_against_numpy():
+    rng = np.random.default_rng(0)
+    logits, teacher = rng.normal(size=(2, 4, 5))
+    labels = rng.integers(0, 5, 4)
+
+    def softmax(x):
+        return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+    p, q = softmax(teacher), softmax(logits)
+    each = -(q * np.log(q)).sum(-1)
+    confidence = 1 - each / np.log(5)
+    rows, taught = jnp.asarray(logits), jnp.asarray(teacher)
+    spread = ((teacher - teacher.mean(0)) ** 2).sum()
+    pairs = [
+        (learning.cross_entropy(rows, jnp.asarray(labels)), -np.log(q[np.arange(4), labels]).mean()),
+        (learning.entropy(rows), each.mean()),
+        (learning.weighted_entropy(rows), (confidence * each).sum() / confidence.sum()),
+        (learning.distillation(rows, taught), (p * np.log(p / q)).sum(-1).mean()),
+        (learning.feature_distance(rows, taught), ((logits - teacher) ** 2).sum() / spread),
+    ]
+    for found, right in pairs:
+        np.testing.assert_allclose(found, right, rtol=1e-12)
+    hot = softmax(teacher / 2), softmax(logits / 2)
+    found = learning.distillation(rows, taught, 2.0)
+    np.testing.assert_allclose(found, 4 * (hot[0] * np.log(hot[0] / hot[1])).sum(-1).mean(), rtol=1e-12)
+    uniform = jnp.zeros((3, 5))
+    gradient = jax.grad(learning.weighted_entropy)(uniform)
+    assert learning.weighted_entropy(uniform) == 0 and jnp.isfinite(gradient).all()
+    tree = {"a": jnp.array([1.0, 2.0]), "b": {"c": jnp.array(3.0)}}
+    assert learning.squared_distance(tree, jax.tree.map(jnp.zeros_like, tree)) == 14
+
+
+@pytest.fixture
+def problem():
+    """Experts of a linear map, each right on its own inputs: learning is to answer as they do."""
+    trees = [{"dense": {"kernel": tree["dense"]["kernel"]}} for tree in make_trees(3, spread=1.0)]
+    family = learning.prepare_family(trees, RANK)
+    rng = np.random.default_rng(3)
+    inputs = [jnp.asarray(rng.normal(size=(20, 8)) * (np.arange(8) % 3 == k)) for k in range(3)]
+    answers = [x @ tree["dense"]["kernel"] for x, tree in zip(inputs, trees, strict=True)]
+
+    def loss(coefficients, x, y):
+        return learning.feature_distance(x @ learning.compose_tree(family, coefficients)["dense"]["kernel"], y)
+
+    batches = [(x, y) for _ in range(40) for x, y in zip(inputs, answers, strict=True)]
+    return family, loss, batches
+
+
+def test_learning_lowers_the_loss_and_resumes_exactly(problem):
+    family, loss, batches = problem
+    optimiser = optax.sgd(0.2)
+    step = learning.make_step(loss, optimiser)
+    start = learning.start_learning(learning.start_coefficients(family, "direction"), optimiser)
+    states, losses = zip(*learning.learn(start, step, batches), strict=True)
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    assert int(states[-1].step) == len(batches)
+    halfway = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), states[59])  # as if saved and loaded
+    *_, (resumed, _) = learning.learn(halfway, step, batches[60:])
+    jax.tree.map(np.testing.assert_array_equal, resumed, states[-1])
+
+
+def test_a_step_that_is_not_finite_changes_nothing(problem):
+    family, loss, batches = problem
+    optimiser = optax.sgd(0.05)
+    step = learning.make_step(loss, optimiser)
+    start = learning.start_learning(learning.start_coefficients(family), optimiser)
+    x, y = batches[0]
+    after, value = step(start, x * jnp.nan, y)
+    assert jnp.isnan(value) and int(after.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, after.parameters, start.parameters)
