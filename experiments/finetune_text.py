@@ -6,10 +6,11 @@ Hardware: 2 CPU cores, 3 GB. Runtime: MINUTES. `pip install .[experiments]` brin
 
 BASE is a Hugging Face BERT directory with its tokenizer.json; TASK holds `train.jsonl` and `test.jsonl` (`{"text",
 "label"}`, labels from 0). The result is a task directory as `text_encoders.py` reads it: `model/`, `head.safetensors`,
-`train.jsonl`, `test.jsonl`. The head answers the mean of the last hidden states over the tokens, at most 48 of them,
-and is trained with the encoder: Adam, a linear rise over the first tenth of the steps, a linear fall over the rest, no
-weight decay unless asked for, so that embeddings of words the task does not have stay as they are. `--classes 0 2 5`
-keeps rows of those labels only and numbers them anew: splits of one task are tasks of their own.
+`train.jsonl`, `test.jsonl`, and `validation.jsonl` with `--validation N` rows that are not trained on. The head answers
+the mean of the last hidden states over the tokens, at most 48 of them, and is trained with the encoder: Adam, a linear
+rise over the first tenth of the steps, a linear fall over the rest, no weight decay unless asked for, so that embeddings
+of words the task does not have stay as they are. `--classes 0 2 5` keeps rows of those labels only and numbers them
+anew: splits of one task are tasks of their own.
 
 Expected: EXPECTED
 """
@@ -226,6 +227,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--classes", type=int, nargs="+", help="labels to keep, numbered anew in this order")
     parser.add_argument("--rows", type=int, help="train on the first rows only")
+    parser.add_argument("--validation", type=int, default=0, help="rows not trained on, for validation.jsonl: the last")
     return parser.parse_args(arguments)
 
 
@@ -235,7 +237,10 @@ def main(arguments: Sequence[str] | None = None) -> float:
     if options.out.exists():
         raise SystemExit(f"{options.out} is already there: choose another name or remove it")
     tokenizer = load_tokenizer(options.base)
-    rows = read_rows(options.task / "train.jsonl", tokenizer, options.classes, options.rows)
+    rows = read_rows(options.task / "train.jsonl", tokenizer, options.classes, None)
+    files = {"validation.jsonl": Rows(*(part[-options.validation :] for part in rows))} if options.validation else {}
+    count = min(options.rows or len(rows.texts), len(rows.texts) - options.validation)
+    rows = Rows(*(part[:count] for part in rows))
     test = read_rows(options.task / "test.jsonl", tokenizer, options.classes, None)
     model, manifest = load_base(options.base)
     settings = Settings(options.learning_rate, options.epochs, options.batch, options.weight_decay, options.seed)
@@ -248,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
 
     parameters = train(model, rows, int(max(rows.labels.max(), test.labels.max())) + 1, settings, report)
     accuracy = evaluate(model, parameters, test)
-    save_expert(options.out, options.base, manifest, parameters, {"train.jsonl": rows, "test.jsonl": test})
+    save_expert(options.out, options.base, manifest, parameters, {"train.jsonl": rows, "test.jsonl": test, **files})
     print(f"{options.out}: test accuracy {accuracy:.4f}, {time.monotonic() - started:.0f} s", flush=True)
     return accuracy
 
