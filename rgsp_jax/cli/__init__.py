@@ -27,7 +27,7 @@ class LazyCommands(click.Group):
     """Commands imported when they are asked for, so that `--help` does not wait for JAX."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["align", "compare", "convert", "covariances", "demo", "frontier", "graft", "merge", "methods"]
+        return ["align", "compare", "convert", "covariances", "demo", "frontier", "graft", "merge", "methods", "search"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):

@@ -39,7 +39,7 @@ def search_alpha(
     their code prints them all.
 
     The rest of AdaMMS is no merge method of its own: its interpolation is `average` with coefficients, and its map
-    between architectures is `rgsp merge --key-map`. Whole:
+    between architectures is `rgsp merge --key-map`. Whole (`rgsp search` does so with checkpoints):
 
         alphas = jnp.linspace(0, 1, 11)
         merge_at = lambda alpha: merge([other, first], "average", coefficients=[alpha, 1 - alpha])[0]
