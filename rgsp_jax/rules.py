@@ -15,8 +15,8 @@ Kind = Literal["matrix", "vector", "embedding", "buffer"]
 Layout = Literal["auto", "pytorch", "flax"]
 
 EMBEDDING_NAMES = re.compile(
-    r"(^|[./_])(word_embeddings|position_embeddings?|token_type_embeddings|embed_tokens|embed_positions|embed_in"
-    r"|embedding|tok_embeddings|wte|wpe|shared|lm_head|relative_attention_bias|cls_token|mask_token|dist_token"
+    r"(^|[./]|(?<!patch)_)(word_embeddings|position_embeddings?|token_type_embeddings|embed_tokens|embed_positions|embed_in"
+    r"|embedding|tok_embeddings|wte|wpe|shared|lm_head(?![./](dense|layer_norm|transform|bias))|relative_attention_bias|cls_token|mask_token|dist_token"
     r"|distillation_token|pos_embed(ding)?|positional_embedding|class_embedding|register_tokens|query_tokens"
     r"|latents|rel_embeddings|relative_position_bias_table)([./]|$)"
 )

@@ -194,7 +194,7 @@ TEXT_TABLE = WeightTable(
 )
 VISION_TABLE = WeightTable(
     rules=(
-        WeightRule("embeddings.class_embedding", "class_token"),
+        WeightRule("embeddings.class_embedding", "class_embedding"),
         *conv2d("embeddings.patch_embedding", "patch"),
         *embedding("embeddings.position_embedding", "position"),
         *norm("pre_layrnorm", "first_norm"),  # spelt so on disk
@@ -258,7 +258,7 @@ class ClipVision(nnx.Module):
         self.patch = nnx.Conv(
             config.num_channels, width, size, strides=size, padding="VALID", use_bias=False, rngs=rngs
         )
-        self.class_token = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,), jnp.float32))
+        self.class_embedding = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,), jnp.float32))
         self.position = nnx.Embed(1 + config.patches, width, rngs=rngs)
         self.first_norm = layer_norm(width, config.layer_norm_eps, rngs=rngs)
         self.layers = encoder_layers(config, rngs=rngs)
@@ -272,7 +272,7 @@ class ClipVision(nnx.Module):
         config = self.config
         check_image_shape(images.shape, config.image_size, config.num_channels)
         patches = self.patch(images).reshape(images.shape[0], config.patches, config.hidden_size)
-        start = jnp.broadcast_to(self.class_token[...], (images.shape[0], 1, config.hidden_size))
+        start = jnp.broadcast_to(self.class_embedding[...], (images.shape[0], 1, config.hidden_size))
         positions = self.position(jnp.arange(1 + config.patches, dtype=jnp.int32)[None])
         x = self.first_norm(jnp.concatenate([start, patches], axis=1) + positions)
         for layer in self.layers:

@@ -291,7 +291,7 @@ class Decoder(nnx.Module):
 class DecoderLm(CausalLm):
     """Causal decoder with a head; equal to transformers' LlamaForCausalLM and its like in evaluation mode."""
 
-    weight_table: ClassVar[WeightTable] = nest(DECODER_TABLE, "model.", "decoder.", linear("lm_head", "head"))
+    weight_table: ClassVar[WeightTable] = nest(DECODER_TABLE, "model.", "decoder.", linear("lm_head", "lm_head"))
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         super().__init__(Decoder(config, rngs=rngs), tied=config.tie_word_embeddings, rngs=rngs)

@@ -162,7 +162,7 @@ class Gpt2(nnx.Module):
 class Gpt2Lm(CausalLm):
     """GPT-2 with a head; equal to transformers' GPT2LMHeadModel in evaluation mode."""
 
-    weight_table: ClassVar[WeightTable] = nest(GPT2_TABLE, "transformer.", "decoder.", linear("lm_head", "head"))
+    weight_table: ClassVar[WeightTable] = nest(GPT2_TABLE, "transformer.", "decoder.", linear("lm_head", "lm_head"))
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs):
         super().__init__(Gpt2(config, rngs=rngs), tied=config.tie_word_embeddings, rngs=rngs)

@@ -254,7 +254,7 @@ class CausalLm(nnx.Module):
     def __init__(self, decoder: Any, *, tied: bool, rngs: nnx.Rngs):
         self.decoder = decoder
         word = self.decoder.word
-        self.head = None if tied else nnx.Linear(word.features, word.num_embeddings, use_bias=False, rngs=rngs)
+        self.lm_head = None if tied else nnx.Linear(word.features, word.num_embeddings, use_bias=False, rngs=rngs)
 
     def __call__(
         self,
@@ -266,4 +266,4 @@ class CausalLm(nnx.Module):
 
     def predict(self, hidden: Float[Array, "batch time width"]) -> Float[Array, "batch time vocabulary"]:
         """Return the logits of the decoder's last hidden states."""
-        return self.decoder.word.attend(hidden) if self.head is None else self.head(hidden)
+        return self.decoder.word.attend(hidden) if self.lm_head is None else self.lm_head(hidden)

@@ -308,11 +308,11 @@ class T5Lm(nnx.Module):
         tied: whether the head is the shared word embedding; else it is a Linear without bias.
     """
 
-    weight_table: ClassVar[WeightTable] = nest(T5_TABLE, "", "model.", linear("lm_head", "head"))
+    weight_table: ClassVar[WeightTable] = nest(T5_TABLE, "", "model.", linear("lm_head", "lm_head"))
 
     def __init__(self, config: T5Config, *, tied: bool = True, rngs: nnx.Rngs):
         self.model = T5(config, rngs=rngs)
-        self.head = None if tied else nnx.Linear(config.d_model, config.vocab_size, use_bias=False, rngs=rngs)
+        self.lm_head = None if tied else nnx.Linear(config.d_model, config.vocab_size, use_bias=False, rngs=rngs)
 
     def __call__(
         self,
@@ -325,4 +325,4 @@ class T5Lm(nnx.Module):
         hidden = self.model(input_ids, decoder_input_ids, attention_mask, decoder_attention_mask)
         if self.model.config.scale_decoder_outputs:
             hidden = hidden * self.model.config.d_model**-0.5
-        return self.model.word.attend(hidden) if self.head is None else self.head(hidden)
+        return self.model.word.attend(hidden) if self.lm_head is None else self.lm_head(hidden)

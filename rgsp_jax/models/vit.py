@@ -96,8 +96,8 @@ def encoder_layer(config: VitConfig, *, rngs: nnx.Rngs) -> PreNormLayer:
 
 VIT_TABLE = WeightTable(
     rules=(
-        WeightRule("embeddings.cls_token", "class_token"),
-        WeightRule("embeddings.position_embeddings", "position"),
+        WeightRule("embeddings.cls_token", "cls_token"),
+        WeightRule("embeddings.position_embeddings", "position_embeddings"),
         *conv2d("embeddings.patch_embeddings.projection", "patch"),
         *norm("encoder.layer.{layer}.layernorm_before", "layers.{layer}.attention_norm"),
         *linear("encoder.layer.{layer}.attention.attention.query", "layers.{layer}.attention.query"),
@@ -124,8 +124,8 @@ class Vit(nnx.Module):
         draw = nnx.initializers.truncated_normal(stddev=0.02)
         self.config = config
         self.patch = nnx.Conv(config.num_channels, width, size, strides=size, padding="VALID", rngs=rngs)
-        self.class_token = nnx.Param(draw(rngs.params(), (1, 1, width), jnp.float32))
-        self.position = nnx.Param(draw(rngs.params(), (1, 1 + config.patches, width), jnp.float32))
+        self.cls_token = nnx.Param(draw(rngs.params(), (1, 1, width), jnp.float32))
+        self.position_embeddings = nnx.Param(draw(rngs.params(), (1, 1 + config.patches, width), jnp.float32))
         self.layers = nnx.List([encoder_layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
         self.final_norm = layer_norm(width, config.layer_norm_eps, rngs=rngs)
         self.pooler = nnx.Linear(width, config.pooler_output_size or width, rngs=rngs) if config.pooler else None
@@ -137,8 +137,8 @@ class Vit(nnx.Module):
         """
         check_image_shape(images.shape, self.config.image_size, self.config.num_channels)
         patches = self.patch(images).reshape(images.shape[0], self.config.patches, self.config.hidden_size)
-        start = jnp.broadcast_to(self.class_token[...], (images.shape[0], 1, self.config.hidden_size))
-        x = jnp.concatenate([start, patches], axis=1) + self.position[...]
+        start = jnp.broadcast_to(self.cls_token[...], (images.shape[0], 1, self.config.hidden_size))
+        x = jnp.concatenate([start, patches], axis=1) + self.position_embeddings[...]
         for layer in self.layers:
             x = layer(x)
         return self.final_norm(x)

@@ -19,6 +19,7 @@ from rgsp_jax.checkpoint import (
     open_checkpoint,
     to_flax,
 )
+from rgsp_jax.rules import classify
 
 
 def read_all(directory):
@@ -172,6 +173,20 @@ def test_the_style_of_nnx_has_integer_positions(tmp_path):
     with open_checkpoint(source) as checkpoint:
         tree = to_flax(checkpoint, build_manifest(checkpoint))
     assert 0 in tree["params"]["convnext"]["encoder"]["stages"]
+
+
+@pytest.mark.parametrize("style", ["nnx", "linen"])
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+def test_trees_are_merged_by_the_rules_of_their_checkpoints(name, style, tmp_path):
+    """A leaf is the kind of tensor that its key on disk is, with the same matrices: both merge alike."""
+    with open_checkpoint(save_model(make_model(name), tmp_path / "model")) as checkpoint:
+        manifest = build_manifest(checkpoint, style=style)
+    for record in manifest.owners:
+        on_disk = classify(record.key, record.shape, record.dtype, model_type=manifest.model_type)
+        leaf = classify("/".join(map(str, record.path)), record.leaf_shape, record.dtype)
+        assert leaf.kind == on_disk.kind, (record.key, record.path)
+        if on_disk.kind == "matrix":
+            assert leaf.view.matrices == on_disk.view.matrices, (record.key, record.path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

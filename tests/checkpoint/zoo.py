@@ -56,6 +56,10 @@ FAMILIES: Mapping[str, Callable[[], Any]] = {
         transformers.BertConfig(**TEXT, max_position_embeddings=12, num_labels=3)
     ),
     "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**TEXT, max_position_embeddings=14)),
+    "roberta masked LM": lambda: transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(**TEXT, max_position_embeddings=14)
+    ),
+    "bert masked LM": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**TEXT, max_position_embeddings=12)),
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**WIDTH, **VISION, num_labels=5)),
     "clip": _clip,
     "gpt2": lambda: transformers.GPT2LMHeadModel(

@@ -72,7 +72,7 @@ def test_logits_equal_transformers(name, tmp_path):
     theirs = make(kind, **options)
     weights, config = save_and_read(theirs, tmp_path)
     ours = build_loaded(config, weights)
-    assert (ours.head is None) == options.get("tie_word_embeddings", False)
+    assert (ours.lm_head is None) == options.get("tie_word_embeddings", False)
     ids, mask = draw_tokens()
     with torch.no_grad():
         expected = theirs(*as_torch(ids, mask)).logits.numpy()

@@ -37,7 +37,7 @@ def test_logits_equal_transformers(name, tmp_path):
     theirs = make(**CASES[name])
     weights, config = save_and_read(theirs, tmp_path)
     ours = build_loaded(config, weights)
-    assert type(ours) is Gpt2Lm and (ours.head is None) == CASES[name].get("tie_word_embeddings", True)
+    assert type(ours) is Gpt2Lm and (ours.lm_head is None) == CASES[name].get("tie_word_embeddings", True)
     ids, mask = draw_tokens()
     with torch.no_grad():
         expected = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()

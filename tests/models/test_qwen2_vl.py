@@ -85,7 +85,7 @@ def check(ours, theirs, mask):
 
 def test_texts_alone_equal_transformers(pair):
     theirs, ours, config = pair
-    assert type(ours) is Qwen2Vl and ours.head is not None
+    assert type(ours) is Qwen2Vl and ours.lm_head is not None
     ids, mask = draw_tokens()
     ids %= 33
     logits = nnx.jit(lambda model, *batch: FAMILIES["qwen2_vl"].run(model, dict(zip(NAMES, batch, strict=True))))
@@ -133,7 +133,7 @@ def test_a_tied_head_and_windows_equal_transformers(tmp_path):
     weights, config = save_and_read(theirs, tmp_path)
     assert "lm_head.weight" not in weights
     ours = build_loaded(config, weights)
-    assert ours.head is None and ours.config.text.windows == (None, 3)
+    assert ours.lm_head is None and ours.config.text.windows == (None, 3)
     ids, mask = draw_tokens()
     check(ours(ids, mask), call(theirs, ids, mask), mask)
 

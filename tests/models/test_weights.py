@@ -141,6 +141,6 @@ def test_a_merged_tree_is_used_in_place():
     np.testing.assert_allclose(called, load_weights(second, by_hand)(images), rtol=0, atol=1e-6)
     np.testing.assert_array_equal(first(images), before)
     with pytest.raises(ValueError, match=r"missing.*layers\.0\.mlp\.up\.kernel"):
-        replace_parameters(first, {"class_token": merged["class_token"]})
+        replace_parameters(first, {"cls_token": merged["cls_token"]})
     as_strings = dict(merged, layers={str(key): layer for key, layer in merged["layers"].items()})
     np.testing.assert_array_equal(replace_parameters(first, as_strings)(images).shape, called.shape)
