@@ -1,4 +1,24 @@
-"""What alignment recovers of models whose neurons stand in another order, or that were trained apart."""
+"""What alignment recovers of models whose neurons stand in another order, or that were trained apart.
+
+    python experiments/permuted_twins.py
+
+Hardware: 2 CPU cores, 2 GB. Runtime: about 3 minutes on cores that others use too. Nothing is downloaded.
+
+Multilayer perceptrons with two hidden layers on scikit-learn's digits. A `twin` is the first model with its hidden
+neurons shuffled, a `noisy twin` has normal noise of .3 of each tensor's standard deviation besides, and models `trained
+apart` share the data and nothing else: initial weights and the order of the rows are others. The second model is
+aligned to the first by Git Re-Basin's weight matching or by OTFusion (exact, Sinkhorn, Gromov-Wasserstein, at their
+defaults), then the two are averaged. `recovered` is the share of places to which most of what comes is the neuron that
+belongs there. `uniform coupling` is a control that knows nothing: every place gets the mean of the second model's
+neurons, which leaves the first model at half its size. A wide network answers well with that, so accuracies count as
+far as they are above it; the loss barrier (cross-entropy of the mean minus the mean of theirs) shows it too.
+
+Results go to experiments/results/permuted_twins.md, .json and .png. Expected: weight matching and OTFusion with exact
+or Sinkhorn couplings recover every twin wholly at widths 64 to 512, noisy ones too; Gromov-Wasserstein, which sees each
+layer by itself, recovers twins up to width 256 and .63 of the neurons at 512, and .06 to .91 of noisy ones. Trained
+apart, the mean of both has .60 / .68 / .87 / .93 at widths 64 / 128 / 256 / 512 unaligned, .83 / .90 / .94 / .96 by
+weight matching, .84 / .89 / .93 / .96 by exact OTFusion.
+"""
 
 import argparse
 import functools
@@ -36,6 +56,7 @@ APART = 1000
 """Added to a seed for the second of two models trained apart."""
 NOISE = 0.3
 """Of a noisy twin, in each tensor's own standard deviation."""
+CONTROL = "uniform coupling"
 KINDS = ("twin", "noisy twin", "trained apart")
 
 Model = Mapping[str, Float[Array, "..."]]
@@ -96,7 +117,7 @@ def spread_evenly(a: Model, b: Model) -> Aligned:
 
 ALIGNMENTS: Mapping[str, Callable[[Model, Model], Aligned]] = {
     "none": keep_order,
-    "uniform coupling": spread_evenly,
+    CONTROL: spread_evenly,
     "weight matching": rebasin,
     "OTFusion, exact": transport("exact"),
     "OTFusion, Sinkhorn": transport("sinkhorn"),
@@ -246,16 +267,24 @@ def tabulate(rows: Sequence[Row]) -> list[str]:
         text += ["", f"## {kind}", ""]
         if kind != "trained apart":
             text += ["Share of the neurons recovered; in brackets how many of the pairs wholly:", ""]
-            known = [name for name in ALIGNMENTS if name != "uniform coupling"]
+            known = [name for name in ALIGNMENTS if name != CONTROL]
             text.append(table(head, [[a, *(tell_recovered(cells[kind, w, a]) for w in widths)] for a in known]))
             text.append("")
-        text += ["Test accuracy of the mean of both (standard error); loss barrier:", ""]
+        text += [
+            "Test accuracy of the mean of both (standard error); loss barrier; \\* where a solver stopped early:",
+            "",
+        ]
         own = [str(estimate([row.own for row in cells[kind, w, "none"]])) for w in widths]
         lines = [[a, *(tell_accuracy(cells[kind, w, a]) for w in widths)] for a in ALIGNMENTS]
         text.append(table(head, [["the two by themselves", *own], *lines]))
-        text += ["", "Accuracy over that of no alignment, paired by seed:", ""]
-        lines = [[a, *(tell_gain(cells[kind, w, a], cells[kind, w, "none"]) for w in widths)] for a in ALIGNMENTS]
-        text.append(table(head, lines[1:]))
+        text += ["", "Accuracy over that of no alignment / of the uniform coupling, paired by seed:", ""]
+        lines = []
+        for a in [name for name in ALIGNMENTS if name not in ("none", CONTROL)]:
+            gains = [
+                [tell_gain(cells[kind, w, a], cells[kind, w, other]) for other in ("none", CONTROL)] for w in widths
+            ]
+            lines.append([a, *(" / ".join(pair) for pair in gains)])
+        text.append(table(head, lines))
     return text
 
 
@@ -280,7 +309,11 @@ def tell_gain(rows: Sequence[Row], others: Sequence[Row]) -> str:
 def find_headline(rows: Sequence[Row]) -> str:
     """Return one sentence."""
     twins = {name: [row for row in rows if row.kind == "twin" and row.alignment == name] for name in ALIGNMENTS}
-    exact = [f"{name} {sum(r.recovered == 1 for r in found)} of {len(found)}" for name, found in twins.items() if found]
+    exact = [
+        f"{name} {sum(r.recovered == 1 for r in found)} of {len(found)}"
+        for name, found in twins.items()
+        if found and name != CONTROL
+    ]
     last = [row for row in rows if row.kind == "trained apart"]
     apart = {name: [row.accuracy for row in last if row.alignment == name] for name in ALIGNMENTS}
     means = [f"{name} {np.mean(found):.3f}" for name, found in apart.items() if found]

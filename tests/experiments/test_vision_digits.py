@@ -10,7 +10,6 @@ from flax import nnx
 
 from rgsp_jax.models import extract_parameters, replace_parameters
 
-
 EPOCHS = 3
 
 
