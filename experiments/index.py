@@ -6,6 +6,7 @@ Writes experiments/results/index.md from the JSON records beside it and in exper
 """
 
 import argparse
+import ast
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -23,12 +24,15 @@ def find_command(record: Mapping[str, Any]) -> str | None:
     return record.get("command") or record.get("settings", {}).get("command")
 
 
-def find_headline(record: Mapping[str, Any], markdown: Path) -> str:
-    """Return the record's own headline, else the first paragraph of prose in its Markdown, else nothing."""
+def find_headline(record: Mapping[str, Any], path: Path) -> str:
+    """Return the record's own headline, else what its script expects, else the first prose of its Markdown."""
     if "headline" in record:
         return str(record["headline"])
-    text = markdown.read_text() if markdown.exists() else ""
-    paragraphs = [" ".join(p.split()) for p in text.split("\n\n") if p.strip() and p[0] not in "# |\n"]
+    script, markdown = path.parent.parent / f"{path.stem}.py", path.with_suffix(".md")
+    text = (ast.get_docstring(ast.parse(script.read_text())) or "") if script.exists() else ""
+    if (at := text.find("Expected")) < 0:
+        text, at = markdown.read_text() if markdown.exists() else "", 0
+    paragraphs = [" ".join(p.split()) for p in text[at:].split("\n\n") if p.strip() and p[0] not in "# |\n"]
     return next((p if len(p) <= LONGEST else p[:LONGEST].rsplit(" ", 1)[0] + " ..." for p in paragraphs), "")
 
 
@@ -42,7 +46,7 @@ def list_records(directories: Sequence[Path], base: Path) -> list[str]:
         others = [path.with_suffix(suffix) for suffix in (".md", ".json", ".png")]
         links = [f"[{p.suffix[1:]}]({Path(os.path.relpath(p, base)).as_posix()})" for p in others if p.exists()]
         lines += [f"## {path.stem}", ""]
-        if headline := find_headline(record, path.with_suffix(".md")):
+        if headline := find_headline(record, path):
             lines += [headline, ""]
         if command := find_command(record):
             lines += [f"    {command}", ""]

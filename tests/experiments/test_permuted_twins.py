@@ -69,11 +69,15 @@ def test_index_collects_records(script, tmp_path):
     (here / "a.json").write_text(json.dumps({"settings": {"command": "python a.py"}}))
     (here / "a.md").write_text("# a\n\n    python a.py\n\nFirst words\nof prose.\n\nMore.\n")
     (beside / "c.json").write_text(json.dumps({"rows": []}))
+    (beside.parent / "c.py").write_text(
+        '"""What is asked.\n\nHardware: any. Expected: C is\n.5 throughout.\n\nMore.\n"""\n'
+    )
     index.main(["--directories", str(here), str(beside), "--out", str(here / "index.md")])
     sections = (here / "index.md").read_text().split("\n## ")[1:]
     assert [section.split("\n")[0] for section in sections] == ["a", "b", "c"]
     assert "First words of prose.\n\n    python a.py\n\n[md](a.md) [json](a.json)" in sections[0]
     assert "B is best.\n\n    python b.py\n\n[json](b.json) [png](b.png)" in sections[1]
+    assert "Expected: C is .5 throughout.\n\n" in sections[2]
     assert "[json](../benchmarks/results/c.json)" in sections[2]
     for link in ("../benchmarks/results/c.json", "a.md"):
         assert (here / link).exists()
