@@ -198,9 +198,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=10, help="of the fine-tuning (default: 10)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--methods", nargs="+", help="default: every one that a tree can be merged by")
-    parser.add_argument(
-        "--work", type=Path, help="keep experts, outcomes and compiled code here, and use them"
-    )
+    parser.add_argument("--work", type=Path, help="keep experts, outcomes and compiled code here, and use them")
     parser.add_argument("--out", type=Path, help="default: experiments/results/vision_digits_REGIME")
     options = parser.parse_args(arguments)
     options.out = options.out or RESULTS / "_".join(["vision_digits", *options.regime])
