@@ -2,7 +2,8 @@
 
     python experiments/text_suite.py --bench BENCH-0 BENCH-1 BENCH-2 --base BASE
 
-Hardware: 2 CPU cores, 8 GB. Runtime: RUNTIME
+Hardware: 2 CPU cores, 8 GB. Runtime: every setting of a method's grid is a pass over the validation rows of all tasks
+(seconds each), so name the methods: `--methods average relative task_arithmetic tsv_m`.
 
 A bench is a directory of task directories as `finetune_text.py` makes them and `text_encoders.py` describes them; each
 bench is one seed: the same tasks, other experts. `--base` is what they were fine-tuned from, for methods that need it.
@@ -10,7 +11,7 @@ Test rows are the first 600 of `test.jsonl`; validation rows, which tuned settin
 `validation.jsonl`, or the last rows of `train.jsonl` where there is none (which the experts may have seen). Inputs for
 methods that need covariances are rows of `train.jsonl`, unlabelled.
 
-Expected: EXPECTED
+Expected: no run is recorded yet; `text_encoders.py` has the numbers of one set of experts.
 """
 
 import argparse
