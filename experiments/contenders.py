@@ -20,18 +20,18 @@ Score = Callable[[PyTree, Part], Sequence[float]]
 """Tree of parameters -> accuracy of every task, with that task's head, on its validation or test rows."""
 
 TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 11))
-SCALES = (0.3, 0.6, 0.8, 1.2, 1.5, 2.0)
+SCALES = (0.3, 0.6, 0.8, 1.2, 1.5, 2.0, 3.0)
 GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "slerp": {"t": tuple(t for t in TENTHS if t < 1)},
     "rgsp": {"temperature": (0.02, 0.05, 0.2), "fused_penalty": (0.0, 0.5)},
     "relative": {"rank": (0.05, 0.2), "scale": (0.25, 0.5, 1.0, 1.5, 2.0)},
-    "regmean": {"off_diagonal": (0.1, 0.5, 0.8, 0.9, 0.95, 1.0)},
+    "regmean": {"off_diagonal": (0.0, 0.2, 0.5, 0.8, 0.9, 1.0)},
     "graft": {"ridge": (0.3, 1.0, 3.0, 10.0, 30.0)},
-    "fisher": {"floor": (1e-10, 1e-8, 1e-6, 1e-4)},
+    "fisher": {"floor": (1e-14, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)},
     "task_arithmetic": {"scale": TENTHS},
     "ties": {"density": (0.1, 0.2, 0.5), "scale": (0.5, 1.0, 1.5, 2.0)},
-    "dare": {"drop_rate": (0.5, 0.9), "scale": (0.2, 0.4, 0.6, 0.8, 1.0)},
-    "dare_ties": {"drop_rate": (0.5, 0.9), "scale": (0.5, 1.0, 1.5, 2.0)},
+    "dare": {"drop_rate": (0.2, 0.5, 0.9), "scale": (0.2, 0.4, 0.6, 0.8, 1.0)},
+    "dare_ties": {"drop_rate": (0.2, 0.5, 0.9), "scale": (0.5, 1.0, 1.5, 2.0)},
     "della": {"drop_rate": (0.3, 0.5, 0.7), "scale": (0.5, 1.0, 1.5, 2.0)},
     "breadcrumbs": {"density": (0.5, 0.9), "scale": (0.2, 0.4, 0.6, 0.8, 1.0)},
     "tsv_m": {"scale": SCALES},
@@ -40,7 +40,7 @@ GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "wudi": {"learning_rate": (1e-5, 1e-4, 1e-3), "scale": (0.5, 0.8, 1.0)},
     "knots": {"density": (0.2, 0.5, 1.0), "scale": (0.5, 1.0, 1.5, 2.0)},
     "core_space": {"scale": SCALES},
-    "ace_merging": {"ridge": (0.01, 0.1), "scale": (0.6, 1.0, 1.5)},
+    "ace_merging": {"ridge": (0.01, 0.1), "scale": (0.6, 1.0, 1.5, 2.0, 3.0)},
 }
 """Method -> hyperparameter -> values that validation chooses among; a method without a row has nothing to tune."""
 

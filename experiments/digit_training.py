@@ -56,29 +56,29 @@ class Classifier(NamedTuple):
 
 
 @functools.cache
-def make_shape(training: Training) -> nnx.Module:
+def make_shape(config: VitConfig) -> nnx.Module:
     """Return the encoder without values."""
-    return nnx.eval_shape(lambda: Vit(training.configure(), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Vit(config, rngs=nnx.Rngs(0)))
 
 
-def encode(training: Training, encoder: PyTree, images: Array) -> Float[Array, "rows width"]:
+def encode(config: VitConfig, encoder: PyTree, images: Array) -> Float[Array, "rows width"]:
     """Return the class token of every image."""
-    model: Any = replace_parameters(make_shape(training), encoder)
+    model: Any = replace_parameters(make_shape(config), encoder)
     return model(images)[:, 0]
 
 
 def answer(
-    training: Training, classifier: Classifier, answers: Bool[Array, "classes"], images: Array
+    config: VitConfig, classifier: Classifier, answers: Bool[Array, "classes"], images: Array
 ) -> Float[Array, "rows classes"]:
     """Return the logits; outputs that are no answers of the task are far below the others."""
-    features = encode(training, classifier.encoder, images)
+    features = encode(config, classifier.encoder, images)
     logits = jnp.matmul(features, classifier.weight) + classifier.bias[None]
     return jnp.where(answers[None], logits, jnp.finfo(logits.dtype).min / 2)
 
 
-@functools.partial(jax.jit, static_argnames=("training",))
+@functools.partial(jax.jit, static_argnames=("config",))
 def train(
-    training: Training,
+    config: VitConfig,
     start: Classifier,
     images: Float[Array, "rows 8 8 1"],
     labels: Int[Array, "rows"],
@@ -98,7 +98,7 @@ def train(
     )
 
     def loss(classifier: Classifier, rows: Array) -> Array:
-        logits = answer(training, classifier, answers, images[rows])
+        logits = answer(config, classifier, answers, images[rows])
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
 
     def step(carry: Any, rows: Array) -> Any:
@@ -128,7 +128,7 @@ def fit(
     arguments = view(rows, task.domain), task.label(rows.digits), task.answers, order.astype(np.int32)
     rates = np.float32(training.learning_rate), np.float32(train_head)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        return train(training, start, *map(jnp.asarray, arguments + rates))[0]
+        return train(training.configure(), start, *map(jnp.asarray, arguments + rates))[0]
 
 
 def draw_head(training: Training, key: Array) -> tuple[Array, Array]:
@@ -150,7 +150,7 @@ class Store:
         text = json.dumps({"training": asdict(training), "code": hash_code(), **what}, sort_keys=True)
         path = self.directory / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
         if path not in self.known:
-            shape = extract_parameters(make_shape(training))
+            shape = extract_parameters(make_shape(training.configure()))
             if path.exists():
                 with np.load(path) as file:
                     arrays = [jnp.asarray(file[f"{i}"]) for i in range(len(file.files))]

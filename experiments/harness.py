@@ -31,7 +31,7 @@ LEGEND = (
     "Mean (standard error over seeds). Untuned: the method's defaults. Tuned: the best of its grid on validation rows, "
     "reported on test rows. `needs` is what a method asks for beside the models. `-average` and `-TSV-M` are paired "
     "differences by seed in the same column, `worst` the smallest of the former; normalised accuracy is merged / "
-    "individual, averaged over tasks."
+    "individual, averaged over tasks; `tuned by` is what was chosen for most seeds."
 )
 HEAD = ("method", "needs", *(f"{c}{x}" for c in ("", "tuned ") for x in ("accuracy", "-average", "worst", "-TSV-M")))
 HEAD += ("tuned by",)
