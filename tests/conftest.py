@@ -21,6 +21,48 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Minutes of compilation between them, of code that quicker tests run too: `pytest -m slow` runs these as well.
+SLOW = (
+    "test_trees.py::test_equal_trees_return_the_tree",
+    "test_trees.py::test_jit_equals_eager_and_hyperparameters_trace",
+    "test_trees.py::test_dtypes_are_the_first_trees[bfloat16]",
+    "test_frontier.py::test_points_are_the_merges_they_say",
+    "test_frontier.py::test_a_run_goes_on_behind_what_is_scored",
+    "test_learning.py::test_gradients_in_every_coefficient_and_through_the_decomposition",
+    "test_learning.py::test_exported_settings_give_the_composed_model[model]",
+    "test_learning.py::test_degenerate_families_are_finite[equal]",
+    "test_clip.py::test_weights_of_older_versions_load",
+    "test_vision_digits.py::test_a_small_run",
+    "test_vision_digits.py::test_a_common_head_is_kept_and_the_encoder_is_not",
+    "test_permuted_twins.py::test_a_small_run",
+    "test_methods.py::test_relative_against_the_oracle",
+    "test_methods.py::test_a_masked_rank_is_the_smaller_rank[relative_weighted]",
+    "test_methods.py::test_a_masked_rank_is_the_smaller_rank[rgsp_seed]",
+    "test_methods.py::test_a_masked_rank_is_the_smaller_rank[dgsm]",
+    "test_methods.py::test_a_masked_rank_is_the_smaller_rank[gsf]",
+    "test_methods.py::test_jit_equals_eager_and_vmap_equals_loop[rgsp_seed]",
+    "test_methods.py::test_jit_equals_eager_and_vmap_equals_loop[gsf]",
+    "test_methods.py::test_dtype_is_kept_and_small_floats_compute_in_float32[dgsm-float16]",
+    "test_methods.py::test_dtype_is_kept_and_small_floats_compute_in_float32[gsf-float16]",
+    "test_methods.py::test_dtype_is_kept_and_small_floats_compute_in_float32[core_space-float16]",
+    "test_gradients.py::test_beta_cancels_and_epsilon_where_the_uniform_coupling_is_stationary[dgsm]",
+    "test_gradients.py::test_beta_cancels_and_epsilon_where_the_uniform_coupling_is_stationary[gsf]",
+    "test_pipeline.py::test_a_seed_is_a_merge_whatever_the_items[della]",
+    "test_items.py::test_two_processes_write_the_same_directory",
+    "test_relative_weighted.py::test_special_cases",
+    "test_relative_weighted.py::test_against_the_oracle[model]",
+    "test_sequential.py::test_the_pipeline_writes_the_model_that_was_refitted_in_memory[make_gpt2-bfloat16]",
+    "test_svd_algorithms.py::test_vmap_is_map_is_loop",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.endswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 # Every compiled function holds a few memory maps, and Linux ends a process that passes 65530 of them.
 MAPS, MAPS_LIMIT, LOOK_EVERY = Path("/proc/self/maps"), 20_000, 20
 tests_done = itertools.count(1)

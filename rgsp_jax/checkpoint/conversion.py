@@ -1,9 +1,8 @@
 """PyTorch checkpoints as Flax trees and back, bit for bit: a manifest decides, arrays follow."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
-import jax
 import numpy as np
 
 from rgsp_jax.checkpoint.manifest import (
@@ -24,11 +23,13 @@ from rgsp_jax.checkpoint.safetensors_header import cap
 from rgsp_jax.checkpoint.specs import FLOATING, Checkpoint, TensorSpec
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.layouts import OPERATIONS, pack, to_flax_layout, to_torch_layout
-from rgsp_jax.rules import BUFFER_NAMES
+
+if TYPE_CHECKING:
+    import jax
 
 Variables = dict[Any, Any]
 """Nested dicts of arrays under the collections "params", "constants" and, in linen's style, "batch_stats"."""
-Shardings = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+Shardings = Union["jax.sharding.Sharding", Callable[[str, "jax.ShapeDtypeStruct"], "jax.sharding.Sharding"]]
 """One sharding for every leaf, or a function of its slashed path and its shape and dtype."""
 Select = Callable[[str], bool]
 """Which leaves, by slashed path."""
@@ -55,6 +56,8 @@ def build_manifest(checkpoint: Checkpoint, *, style: Style = "nnx", allow_unmapp
         raise ValueError(f"style is {style!r}; there are {', '.join(STYLES)}")
     if checkpoint.format == "orbax":
         raise RefusedError(f"{checkpoint.path} is an Orbax checkpoint, a tree already: give a PyTorch checkpoint")
+    from rgsp_jax.rules import BUFFER_NAMES  # jax takes a second to import
+
     model_type = (checkpoint.config or {}).get("model_type")
     places = find_places(checkpoint, style)
     owners = choose_owners(checkpoint, places)
@@ -223,8 +226,10 @@ def read_leaf(checkpoint: Checkpoint, record: WeightRecord, dtype: Any = None) -
     return array.astype(leaf_dtype(record, dtype), copy=False)
 
 
-def read_sharded(checkpoint: Checkpoint, record: WeightRecord, dtype: Any, shardings: Shardings) -> jax.Array:
+def read_sharded(checkpoint: Checkpoint, record: WeightRecord, dtype: Any, shardings: Shardings) -> "jax.Array":
     """One leaf over devices; every shard is read by itself."""
+    import jax
+
     target = leaf_dtype(record, dtype)
     wide = target.itemsize == 8 or jax.config.values["jax_enable_x64"]
     with jax.enable_x64(wide):  # otherwise 64-bit leaves would be narrowed

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from rgsp_jax.checkpoint.conversion import Select, Shardings, Variables, check_tree
@@ -123,6 +122,8 @@ def start_saving(
 
 def as_saved(variables: Any) -> Any:
     """The tree with keys and leaves as Orbax takes them."""
+    import jax
+
     if isinstance(variables, Mapping):
         return {str(key): as_saved(value) for key, value in variables.items()}
     return variables if isinstance(variables, jax.Array) else np.asarray(variables)
@@ -196,6 +197,7 @@ def load_orbax(directory: Path | str, *, select: Select | None = None, shardings
     Raises:
         RefusedError: no Orbax checkpoint, or one that cannot be read as its metadata say.
     """
+    import jax
     from orbax.checkpoint import v1 as ocp
 
     directory = Path(directory).absolute()

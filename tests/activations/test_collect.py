@@ -298,9 +298,11 @@ def test_missing_torch_is_said_and_flax_takes_over(tmp_path, model, data, monkey
     monkeypatch.setattr(collect, "has_torch", lambda: False)
     result = collect_covariances(model, data, tmp_path / "c.safetensors")
     assert result.backend == "flax" and result.sites == {"counts": 3, "full": 9}
-    gpt2 = tiny.save_model(tmp_path / "gpt2", tiny.make_gpt2(), tiny.make_tokenizer())
+    other = tiny.save_model(tmp_path / "other", tiny.make_gpt2(), tiny.make_tokenizer())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neo"}))  # no Flax family here
     with pytest.raises(RefusedError, match="pip install torch transformers"):
-        collect_covariances(gpt2, data, tmp_path / "d.safetensors")
+        collect_covariances(other, data, tmp_path / "d.safetensors")
 
 
 def test_torch_files_are_run_too(tmp_path, data):
