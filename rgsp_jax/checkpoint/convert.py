@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from rgsp_jax.checkpoint.conversion import (
     read_leaf,
     restore,
 )
-from rgsp_jax.checkpoint.flax_checkpoint import copy_listed, make_scratch, save_pieces
+from rgsp_jax.checkpoint.flax_checkpoint import copy_listed, make_scratch, read_ahead, save_pieces
 from rgsp_jax.checkpoint.manifest import METADATA_KEY, Manifest, Style, WeightRecord, build_tree, get_leaf
 from rgsp_jax.checkpoint.orbax_source import OrbaxCheckpoint
 from rgsp_jax.checkpoint.output import check_disk, check_output, publish
@@ -210,19 +209,14 @@ def save_huggingface(
 
 def read_leaves(checkpoint: Checkpoint, records: Sequence[WeightRecord], piece_bytes: int) -> Iterator[Any]:
     """The leaf of every record in turn, the next piece being read while this one is used; None for those without."""
-    pieces = list(divide(records, piece_bytes))
 
     def read(piece: list[WeightRecord]) -> list[Any]:
         names = [None if 0 in record.shape else name_on_disk(checkpoint, record) for record in piece]
         arrays = checkpoint.read_many({name for name in names if name is not None})
         return [None if name is None else arrays[name] for name in names]
 
-    with ThreadPoolExecutor(1, "rgsp-read") as reader:
-        following = [reader.submit(read, piece) for piece in pieces[:1]]
-        for number in range(len(pieces)):
-            leaves = following.pop().result()
-            following += [reader.submit(read, piece) for piece in pieces[number + 1 : number + 2]]
-            yield from leaves
+    for leaves in read_ahead(map(read, divide(records, piece_bytes))):
+        yield from leaves
 
 
 def restore_all(

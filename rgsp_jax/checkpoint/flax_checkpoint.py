@@ -6,18 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rgsp_jax.checkpoint.conversion import Select, Shardings, Variables, check_tree
 from rgsp_jax.checkpoint.guards import resolve_inside
 from rgsp_jax.checkpoint.manifest import METADATA_KEY, Manifest, TreePath, build_tree, find_manifest
-from rgsp_jax.checkpoint.orbax_source import is_array, is_orbax, map_tree, walk_tree
+from rgsp_jax.checkpoint.orbax_source import is_array, is_orbax, map_tree, read_metadata, walk_tree
 from rgsp_jax.checkpoint.output import publish, sync_directory
 from rgsp_jax.checkpoint.safetensors_header import cap, describe_failure
 from rgsp_jax.errors import RefusedError
 
+T = TypeVar("T")
 CHUNK_BYTES = 16 << 20
 """Largest piece in which an array is stored, and so the least that is read of it for a shard."""
 OLD = "old"
@@ -42,16 +43,23 @@ def save_pieces(destination: Path, pieces: Iterable[Any], custom_metadata: Any) 
     Raises:
         RefusedError: Orbax will not have it.
     """
-    with saving_options() as ocp, ThreadPoolExecutor(1, "rgsp-read") as reader:
-        iterator = iter(pieces)
-        following = reader.submit(next, iterator, None)
+    with saving_options() as ocp:
         try:
-            while (piece := following.result()) is not None:
-                following = reader.submit(next, iterator, None)
+            for piece in read_ahead(pieces):
                 ocp.partial.save(destination, piece, custom_metadata=custom_metadata)
             ocp.partial.finalize(destination)
         except (ValueError, TypeError) as error:
             raise RefusedError(f"Orbax cannot save the result as {destination} ({describe_failure(error)})") from error
+
+
+def read_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, the next one being made in a thread while this one is used."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1, "rgsp-read") as reader:
+        following: Future[Any] = reader.submit(next, iterator, end)
+        while (item := following.result()) is not end:
+            following = reader.submit(next, iterator, end)
+            yield item
 
 
 def save_orbax(
@@ -203,10 +211,7 @@ def load_orbax(directory: Path | str, *, select: Select | None = None, shardings
     directory = Path(directory).absolute()
     if not directory.is_dir() or not is_orbax(directory):
         raise RefusedError(f"{directory} is no Orbax checkpoint")
-    try:
-        found = ocp.metadata(directory)
-    except Exception as error:
-        raise RefusedError(f"{directory} cannot be read as an Orbax checkpoint ({describe_failure(error)})") from None
+    found = read_metadata(directory)
     manifest = find_manifest(found.custom_metadata, directory)
     wanted = {
         path: leaf
@@ -243,14 +248,8 @@ def load_orbax(directory: Path | str, *, select: Select | None = None, shardings
 
 def load_manifest(directory: Path | str) -> Manifest:
     """The manifest that an Orbax checkpoint carries; RefusedError where it has none."""
-    from orbax.checkpoint import v1 as ocp
-
     directory = Path(directory).absolute()
-    try:
-        metadata = ocp.metadata(directory).custom_metadata
-    except Exception as error:
-        raise RefusedError(f"{directory} cannot be read as an Orbax checkpoint ({describe_failure(error)})") from None
-    manifest = find_manifest(metadata, directory)
+    manifest = find_manifest(read_metadata(directory).custom_metadata, directory)
     if manifest is None:
         raise RefusedError(
             f"{directory} has no manifest of a conversion in its metadata, so nothing says which PyTorch weights its "

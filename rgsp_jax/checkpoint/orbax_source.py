@@ -56,6 +56,16 @@ def was_jax_array(leaf: object) -> bool:
     return hasattr(leaf, "sharding_metadata")
 
 
+def read_metadata(directory: Path) -> Any:
+    """What Orbax records of a checkpoint: `metadata`, the tree without its arrays, and `custom_metadata`."""
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        return ocp.metadata(directory)
+    except Exception as error:
+        raise RefusedError(f"{directory} cannot be read as an Orbax checkpoint ({describe_failure(error)})") from None
+
+
 class OrbaxCheckpoint(Checkpoint):
     """The arrays of an Orbax checkpoint under their tree paths joined by `/`.
 
@@ -71,10 +81,7 @@ class OrbaxCheckpoint(Checkpoint):
         from orbax.checkpoint import v1 as ocp
 
         self._orbax = ocp
-        try:
-            found = ocp.metadata(path)
-        except Exception as error:
-            raise RefusedError(f"{path} cannot be read as an Orbax checkpoint ({describe_failure(error)})") from None
+        found = read_metadata(path)
         self.tree = found.metadata
         specs: dict[str, TensorSpec] = {}
         skipped: list[str] = []
