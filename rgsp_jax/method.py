@@ -105,6 +105,27 @@ def choice(help: str, *choices: str) -> Hyperparameter:
 
 
 @dataclass(frozen=True)
+class Stages:
+    """A method in three steps, cut so that many settings share what they have in common.
+
+    `build(stack, parts, solve(parts, ...), ...)` with `parts = prepare(stack, ...)` is `fn(stack, ...)`. Each takes
+    the hyperparameters that its own signature names: settings that agree in those of `prepare` share the
+    decompositions, those that agree in `solve`'s as well share the solution.
+    """
+
+    prepare: Callable[..., Any]
+    """(stack [K, m, n], the static rank): decompositions, at the largest rank."""
+    solve: Callable[..., Any]
+    """(parts): what needs no stack any more; vmap it over settings, `active_rank` among them."""
+    build: Callable[..., MergeOutput]
+    """(stack, parts, solution): the merged matrix, a few products away."""
+
+    def arguments(self, stage: Literal["prepare", "solve", "build"]) -> frozenset[str]:
+        """Names of everything that a step takes."""
+        return frozenset(inspect.signature(getattr(self, stage)).parameters)
+
+
+@dataclass(frozen=True)
 class Method:
     """A merge method by name, with what it needs and what it promises.
 
@@ -140,6 +161,8 @@ class Method:
     """Scaling every model by c scales the merge by c; the base, where it needs one, with them."""
     rotation_equivariant: bool = False
     """Turning the outputs (rows) of every model and of the base by one rotation turns the merge."""
+    stages: Stages | None = None
+    """Where its cost is in decompositions that many settings can share."""
 
     def __call__(self, stack: Float[Array, "k m n"], **hyperparameters: Any) -> MergeOutput:
         self.check_count(stack.shape[0])

@@ -25,7 +25,20 @@ from rgsp_jax.merging import (
     wudi,
 )
 from rgsp_jax.method import Method
-from rgsp_jax.rgsp import dgsm, gsf, relative, relative_weighted, rgsp, rgsp_seed
+from rgsp_jax.rgsp import (
+    DGSM_STAGES,
+    GSF_STAGES,
+    PAIR_STAGES,
+    RELATIVE_STAGES,
+    SEED_STAGES,
+    WEIGHTED_STAGES,
+    dgsm,
+    gsf,
+    relative,
+    relative_weighted,
+    rgsp,
+    rgsp_seed,
+)
 
 BASE, KEY = frozenset({"base"}), frozenset({"key"})
 
@@ -58,16 +71,24 @@ TABLE = (
         order_invariant=True,
         scale_equivariant=True,
         rotation_equivariant=True,
+        stages=PAIR_STAGES,
     ),
-    Method("rgsp_seed", rgsp_seed, "RGSP-TEFM to the letter of the source; depends on the order.", models=(2, 2)),
+    Method(
+        "rgsp_seed",
+        rgsp_seed,
+        "RGSP-TEFM to the letter of the source; depends on the order.",
+        models=(2, 2),
+        stages=SEED_STAGES,
+    ),
     Method(
         "dgsm",
         dgsm,
         "The source's comparator with the first model as absolute base.",
         models=(2, 2),
         keeps_copies=False,
+        stages=DGSM_STAGES,
     ),
-    Method("gsf", gsf, "dgsm without the dynamic map.", models=(2, 2), keeps_copies=False),
+    Method("gsf", gsf, "dgsm without the dynamic map.", models=(2, 2), keeps_copies=False, stages=GSF_STAGES),
     Method(
         "relative",
         relative,
@@ -75,6 +96,7 @@ TABLE = (
         order_invariant=True,
         scale_equivariant=True,
         rotation_equivariant=True,
+        stages=RELATIVE_STAGES,
     ),
     Method(
         "relative_weighted",
@@ -82,6 +104,7 @@ TABLE = (
         "The family of `relative` with a coefficient per model or direction: what learned settings are written as.",
         scale_equivariant=True,
         rotation_equivariant=True,
+        stages=WEIGHTED_STAGES,
     ),
     Method(
         "regmean",

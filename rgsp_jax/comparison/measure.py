@@ -14,7 +14,7 @@ from rgsp_jax.checkpoint import Checkpoint
 from rgsp_jax.comparison.coordinates import Finding, PairOrders, find_coordinates
 from rgsp_jax.comparison.tensors import CommonTensor, MatrixStack, read_chunks, read_matrices, spread
 from rgsp_jax.linalg import resolve_rank, truncated_svd
-from rgsp_jax.rgsp.pairwise import relative_task_vector
+from rgsp_jax.rgsp import pair_svds, solve_pair
 from rgsp_jax.similarity import SubspaceAngles, compare_subspaces, share_basis, sum_elements
 from rgsp_jax.types import TruncatedSVD
 
@@ -91,8 +91,8 @@ _share_basis = jax.jit(share_basis)
 
 @jax.jit
 def _compare_factors(a: TruncatedSVD, b: TruncatedSVD) -> tuple[SubspaceAngles, Array, Array]:
-    """Angles, and the cost that `rgsp` reports as gw_cost; the merge itself is left out by the compiler."""
-    coupling = relative_task_vector(a, b).coupling
+    """Angles, and the cost that `rgsp` reports as gw_cost."""
+    coupling = solve_pair(pair_svds(a, b)).coupling
     return compare_subspaces(a, b), coupling.cost, coupling.converged
 
 

@@ -79,7 +79,7 @@ def prepare_family(
         if rule.kind == "matrix" and rule.view is not None:
             views.append((name, rule.view))
             matrices = jnp.stack([rule.view.to_matrices(leaf) for leaf in stacks[name]], axis=1)
-            parts[name] = jax.lax.map(lambda stack: relative_parts(stack, rank)[0], matrices)
+            parts[name] = jax.lax.map(lambda stack: relative_parts(stack, rank), matrices)
     dtypes = tuple(jnp.asarray(leaf).dtype for _, leaf in flat[0][0])
     return ModelFamily(stacks, parts, tuple(views), frozenset(buffers), flat[0][1], dtypes, len(trees))
 

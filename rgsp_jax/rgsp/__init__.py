@@ -1,11 +1,30 @@
 """RGSP-TEFM (SPEC.md sections 1 to 3): one file per step, and their compositions."""
 
-from rgsp_jax.rgsp.asymmetric import dgsm, gsf
-from rgsp_jax.rgsp.pairwise import LITERAL, PairTrace, decompose, literal_trace, relative_task_vector, rgsp, rgsp_seed
+from rgsp_jax.rgsp.alignment import decompose
+from rgsp_jax.rgsp.asymmetric import DGSM_STAGES, GSF_STAGES, dgsm, gsf
+from rgsp_jax.rgsp.pairwise import (
+    LITERAL,
+    PAIR_STAGES,
+    SEED_STAGES,
+    PairParts,
+    PairTrace,
+    pair_svds,
+    prepare_pair,
+    relative_task_vector,
+    rgsp,
+    rgsp_seed,
+    solve_literal,
+    solve_pair,
+)
 from rgsp_jax.rgsp.relative import (
+    RELATIVE_STAGES,
+    WEIGHTED_STAGES,
     RelativeParts,
+    RelativeSvds,
     automatic_scale,
     compose,
+    decorrelate,
+    prepare_relative,
     relative,
     relative_distance,
     relative_parts,
@@ -13,15 +32,26 @@ from rgsp_jax.rgsp.relative import (
 )
 
 __all__ = [
+    "DGSM_STAGES",
+    "GSF_STAGES",
     "LITERAL",
+    "PAIR_STAGES",
+    "RELATIVE_STAGES",
+    "SEED_STAGES",
+    "WEIGHTED_STAGES",
+    "PairParts",
     "PairTrace",
     "RelativeParts",
+    "RelativeSvds",
     "automatic_scale",
     "compose",
     "decompose",
+    "decorrelate",
     "dgsm",
     "gsf",
-    "literal_trace",
+    "pair_svds",
+    "prepare_pair",
+    "prepare_relative",
     "relative",
     "relative_distance",
     "relative_parts",
@@ -29,4 +59,6 @@ __all__ = [
     "relative_weighted",
     "rgsp",
     "rgsp_seed",
+    "solve_literal",
+    "solve_pair",
 ]

@@ -4,9 +4,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from rgsp_jax.batching import map_batch
+from rgsp_jax.linalg import resolve_rank, truncated_svd
 from rgsp_jax.types import TruncatedSVD
 
 PRECISION = jax.lax.Precision.HIGHEST
+
+
+def decompose(stack: Float[Array, "k m n"], rank: int | float, active_rank: Array | int | None) -> TruncatedSVD:
+    """Truncated SVD of every matrix of the stack, on a leading axis, masked at the run-time rank."""
+    rank = resolve_rank(rank, *stack.shape[1:])
+    return map_batch(lambda w: truncated_svd(w, rank, active_rank=active_rank), stack)  # compiled once, not K times
+
+
+def unstack(svds: TruncatedSVD) -> list[TruncatedSVD]:
+    """Records of a leading axis one by one."""
+    return [jax.tree.map(lambda x, k=k: x[k], svds) for k in range(svds.s.shape[0])]
 
 
 def active_mask(rank: int, active_rank: Array | int | None) -> Bool[Array, "r"]:
@@ -16,20 +29,26 @@ def active_mask(rank: int, active_rank: Array | int | None) -> Bool[Array, "r"]:
     return jnp.arange(rank) < active_rank
 
 
-def overlap_one_sided(a: TruncatedSVD, b: TruncatedSVD, w_q: Array | None, w_k: Array | None) -> Float[Array, "r r"]:
-    """`(U_A W_q)^T (U_B W_k)`: the source's logits before the temperature (SPEC R2); not invariant to pair signs."""
-    overlap = jnp.matmul(a.u.T, b.u, precision=PRECISION)
+def overlap_one_sided(
+    left: Float[Array, "r r"], right: Float[Array, "r r"], w_q: Array | None, w_k: Array | None
+) -> Float[Array, "r r"]:
+    """`(U_A W_q)^T (U_B W_k)`: the source's logits before the temperature (SPEC R2); not invariant to pair signs.
+
+    `left` is `U_A^T U_B`, `right` `V_A^T V_B`.
+    """
+    del right
     if w_q is not None:
-        overlap = jnp.matmul(w_q.T, overlap, precision=PRECISION)
+        left = jnp.matmul(w_q.T, left, precision=PRECISION)
     if w_k is not None:
-        overlap = jnp.matmul(overlap, w_k, precision=PRECISION)
-    return overlap
+        left = jnp.matmul(left, w_k, precision=PRECISION)
+    return left
 
 
-def overlap_two_sided(a: TruncatedSVD, b: TruncatedSVD, w_q: Array | None, w_k: Array | None) -> Float[Array, "r r"]:
+def overlap_two_sided(
+    left: Float[Array, "r r"], right: Float[Array, "r r"], w_q: Array | None, w_k: Array | None
+) -> Float[Array, "r r"]:
     """`(u_Ai . u_Bj)(v_Ai . v_Bj)`: the Frobenius inner product of two rank-one pieces, so pair signs cancel."""
-    left = overlap_one_sided(a, b, w_q, w_k)
-    return left * jnp.matmul(a.v.T, b.v, precision=PRECISION)
+    return overlap_one_sided(left, right, w_q, w_k) * right
 
 
 OVERLAPS = {"one_sided": overlap_one_sided, "two_sided": overlap_two_sided}
@@ -43,11 +62,11 @@ def dynamic_map(
     return jnp.where(active[:, None], rows, 0.0)
 
 
-def pair_signs(a: TruncatedSVD, b: TruncatedSVD) -> Float[Array, "r r"]:
+def pair_signs(left: Float[Array, "r r"], right: Float[Array, "r r"]) -> Float[Array, "r r"]:
     """Sign that turns pair j of B towards pair i of A, for every i and j.
 
     Flipping any pair (u, v) -> (-u, -v) of A or B flips its row or column here, so `M * signs` mixes B's pairs the
     same way whatever signs the SVD chose.
     """
-    agreement = jnp.matmul(a.u.T, b.u, precision=PRECISION) + jnp.matmul(a.v.T, b.v, precision=PRECISION)
+    agreement = left + right
     return jax.lax.stop_gradient(jnp.where(agreement < 0, -1.0, 1.0).astype(agreement.dtype))

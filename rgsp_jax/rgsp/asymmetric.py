@@ -3,23 +3,39 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rgsp_jax.method import ActiveRank, Rank
+from rgsp_jax.method import ActiveRank, Rank, Stages
 from rgsp_jax.rgsp.alignment import PRECISION
 from rgsp_jax.rgsp.fusion import fuse, project
-from rgsp_jax.rgsp.pairwise import Beta, Epsilon, Learned, PairTrace, Projection, literal_trace, pair_stats
-from rgsp_jax.types import MergeOutput, TruncatedSVD
+from rgsp_jax.rgsp.pairwise import (
+    Beta,
+    Epsilon,
+    Learned,
+    PairParts,
+    PairTrace,
+    Projection,
+    pair_stats,
+    prepare_pair,
+    solve_literal,
+)
+from rgsp_jax.rgsp.stats import mask_svd
+from rgsp_jax.types import MergeOutput
 
 
-def fuse_on_base(
-    stack: Float[Array, "2 m n"], trace: PairTrace, svds: list[TruncatedSVD], projection: str
-) -> Float[Array, "m n"]:
+def build_on_base(
+    stack: Float[Array, "2 m n"],
+    parts: PairParts,
+    trace: PairTrace,
+    active_rank: Array | int | None = None,
+    projection: str = "one_sided",
+) -> MergeOutput:
     """`tau' = U_A diag(M pi S_B) U_A^T; W* = A + lambda tau' + (1 - lambda)((B - A) - tau')` (SPEC.md section 2)."""
     a, b = stack
+    spectrum = mask_svd(parts.b, active_rank).s
     carried = jnp.matmul(
-        trace.m, jnp.matmul(trace.adjusted_coupling, svds[1].s, precision=PRECISION), precision=PRECISION
+        trace.m, jnp.matmul(trace.adjusted_coupling, spectrum, precision=PRECISION), precision=PRECISION
     )
-    tau = project(svds[0].u, carried, svds[0].v, projection)
-    return fuse(a, b - a, tau, trace.lam, 1 - trace.lam)
+    tau = project(parts.a.u, carried, parts.a.v, projection)
+    return MergeOutput(fuse(a, b - a, tau, trace.lam, 1 - trace.lam), pair_stats(trace, parts, active_rank))
 
 
 def dgsm(
@@ -40,8 +56,9 @@ def dgsm(
     Args:
         stack: A (the base) and B [2, m, n]; the other arguments as in `rgsp_seed`.
     """
-    trace, svds = literal_trace(stack, rank, active_rank, beta=beta, epsilon=epsilon, w_q=w_q, w_k=w_k)
-    return MergeOutput(fuse_on_base(stack, trace, svds, projection), pair_stats(trace, svds, active_rank))
+    parts = prepare_pair(stack, rank, active_rank)
+    trace = solve_literal(parts, active_rank, beta, epsilon, w_q, w_k)
+    return build_on_base(stack, parts, trace, active_rank, projection)
 
 
 def gsf(
@@ -57,5 +74,20 @@ def gsf(
     Args:
         stack: A (the base) and B [2, m, n]; the other arguments as in `rgsp_seed`.
     """
-    trace, svds = literal_trace(stack, rank, active_rank, beta=beta, epsilon=epsilon, mapped=False)
-    return MergeOutput(fuse_on_base(stack, trace, svds, projection), pair_stats(trace, svds, active_rank))
+    parts = prepare_pair(stack, rank, active_rank)
+    trace = solve_unmapped(parts, active_rank, beta, epsilon)
+    return build_on_base(stack, parts, trace, active_rank, projection)
+
+
+def solve_unmapped(
+    parts: PairParts,
+    active_rank: Array | int | None = None,
+    beta: Array | float = 1.0,
+    epsilon: Array | float = 0.05,
+) -> PairTrace:
+    """`solve_literal` with M = I."""
+    return solve_literal(parts, active_rank, beta, epsilon, mapped=False)
+
+
+DGSM_STAGES = Stages(prepare_pair, solve_literal, build_on_base)
+GSF_STAGES = Stages(prepare_pair, solve_unmapped, build_on_base)

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rgsp_jax.batching import map_batch
-from rgsp_jax.linalg import resolve_rank, truncated_svd
-from rgsp_jax.method import ActiveRank, Hyperparameter, Rank, choice, switch
-from rgsp_jax.rgsp.alignment import OVERLAPS, PRECISION, active_mask, dynamic_map, pair_signs
+from rgsp_jax.method import ActiveRank, Hyperparameter, Rank, Stages, choice, switch
+from rgsp_jax.rgsp.alignment import OVERLAPS, PRECISION, active_mask, decompose, dynamic_map, pair_signs, unstack
 from rgsp_jax.rgsp.encoding import Encoding, adjust_coupling, encode, importance, overlap_score
 from rgsp_jax.rgsp.fusion import fuse, fusion_coefficient, project
-from rgsp_jax.rgsp.stats import svd_stats
+from rgsp_jax.rgsp.stats import mask_svd, svd_stats
 from rgsp_jax.transport import gromov_wasserstein, normalize_jointly, share_by_row, squared_distances
 from rgsp_jax.types import Coupling, MergeOutput, TruncatedSVD
 
@@ -38,10 +37,27 @@ Symmetric = Annotated[bool, switch("average the two orders of A and B, so that t
 RestTerm = Annotated[bool, switch("add the source's order-dependent (1 - lambda)((B - A) - tau)")]
 
 
+class PairParts(NamedTuple):
+    """What every setting of a pairwise merge starts from: the SVDs, and how their singular vectors overlap."""
+
+    a: TruncatedSVD
+    b: TruncatedSVD
+    left: Float[Array, "r r"]
+    """`U_A^T U_B`."""
+    right: Float[Array, "r r"]
+    """`V_A^T V_B`."""
+
+    def swap(self) -> "PairParts":
+        """The same with B first."""
+        return PairParts(self.b, self.a, self.left.T, self.right.T)
+
+
 class PairTrace(NamedTuple):
-    """Every intermediate of the six steps, in the names of SPEC.md section 1."""
+    """Every intermediate of the six steps but tau, in the names of SPEC.md section 1."""
 
     m: Float[Array, "r r"]
+    mixing: Float[Array, "r r"]
+    """M with B's pairs turned towards those of A: `U_B' = U_B mixing^T`."""
     cost_a: Float[Array, "r r"]
     cost_b: Float[Array, "r r"]
     coupling: Coupling
@@ -52,17 +68,23 @@ class PairTrace(NamedTuple):
     adjusted_coupling: Float[Array, "r r"]
     delta_s: Float[Array, "r"]
     lam: Float[Array, ""]
-    tau: Float[Array, "m n"]
 
 
-def relative_task_vector(
-    a: TruncatedSVD,
-    b: TruncatedSVD,
-    *,
+def prepare_pair(stack: Float[Array, "2 m n"], rank: int | float, active_rank: Array | int | None = None) -> PairParts:
+    """Step 1 of SPEC.md section 1: what is left to do afterwards takes r x r matrices only, and two products."""
+    return pair_svds(*unstack(decompose(stack, rank, active_rank)))
+
+
+def pair_svds(a: TruncatedSVD, b: TruncatedSVD) -> PairParts:
+    """Two SVDs of equal shapes and rank with their overlaps."""
+    return PairParts(a, b, *(jnp.matmul(x.T, y, precision=PRECISION) for x, y in ((a.u, b.u), (a.v, b.v))))
+
+
+def solve_pair(
+    parts: PairParts,
     active_rank: Array | int | None = None,
     beta: Array | float = 1.0,
     epsilon: Array | float = 0.05,
-    projection: str = "two_sided",
     overlap: str = "two_sided",
     temperature: Array | float | None = 0.05,
     align_signs: bool = True,
@@ -75,28 +97,29 @@ def relative_task_vector(
     w_k: Float[Array, "r r"] | None = None,
     plan: Float[Array, "r r"] | None = None,
 ) -> PairTrace:
-    """Steps 2 to 6 of SPEC.md section 1 on two truncated SVDs, up to tau and lambda.
+    """Steps 2 to 6 of SPEC.md section 1, up to lambda.
 
     Args:
-        a, b: truncated SVDs of A and B [m, n] at the same rank r.
+        parts: of A and B at rank r.
         active_rank: run-time rank; the result equals that of SVDs truncated there.
         mapped: False replaces the dynamic map by the identity.
         plan: a coupling [r, r] to use in place of the solver's (it stays in the record as given).
         others: see `rgsp`.
     """
-    dtype, rank = a.s.dtype, a.s.shape[0]
+    dtype, rank = parts.a.s.dtype, parts.a.s.shape[0]
     active = active_mask(rank, active_rank)
     both = active[:, None] & active[None, :]
     count = jnp.sum(active).astype(dtype)
-    overlaps = OVERLAPS[overlap](a, b, w_q, w_k)
+    s_a, s_b = (jnp.where(active, x.s, 0) for x in (parts.a, parts.b))
+    overlaps = OVERLAPS[overlap](parts.left, parts.right, w_q, w_k)
     if mapped:
         m = dynamic_map(overlaps, jnp.sqrt(count) if temperature is None else jnp.asarray(temperature, dtype), active)
     else:
         m = jnp.diag(active.astype(dtype))
-    mixing = m * pair_signs(a, b) if align_signs else m
-    u_b, v_b = (jnp.matmul(x, mixing.T, precision=PRECISION) for x in (b.u, b.v))
-    # Distances of mixed points must not see the signs: those of A would turn a point of B against its neighbours.
-    points_a, points_b = (x.u if geometry == "orthonormal" else x.u * x.s[None, :] for x in (a, b))
+    mixing = m * pair_signs(parts.left, parts.right) if align_signs else m
+    # Coordinates in the models' own singular vectors, which are orthonormal: distances need no vector of length m.
+    # Those of mixed points must not see the signs: A's would turn a point of B against its neighbours.
+    points_a, points_b = (jnp.diag(find_lengths(x, s, geometry)) for x, s in ((parts.a, s_a), (parts.b, s_b)))
     points_b = jnp.matmul(points_b, m.T, precision=PRECISION)
     cost_a, cost_b = normalize_jointly(
         *(jnp.where(both, squared_distances(points), 0.0) for points in (points_a, points_b))
@@ -116,23 +139,36 @@ def relative_task_vector(
     else:
         zero = jnp.zeros((), dtype)
         coupling = Coupling(plan, zero, zero, zero, jnp.asarray(True))
-    change = b.s - a.s
-    scale = (a.s + b.s) / 2 if spectrum == "relative" else jnp.ones_like(change)
+    change = s_b - s_a
+    scale = (s_a + s_b) / 2 if spectrum == "relative" else jnp.ones_like(change)
     unit_free = change / jnp.where(scale > 0, scale, 1.0)
     code = encode(unit_free, share_by_row(cost_a, cost_b, coupling.plan), active)
     tfi = importance(code)
     tos = overlap_score(code, beta)
     adjusted = adjust_coupling(coupling.plan, tos, active)
     delta_s = jnp.matmul(m, jnp.matmul(adjusted, change, precision=PRECISION), precision=PRECISION)
-    tau = project((a.u + u_b) / 2, delta_s, (a.v + v_b) / 2, projection)
     lam = fusion_coefficient(code.d_bar, tfi.sum() / (count if total_importance == "mean" else 1))
-    return PairTrace(m, cost_a, cost_b, coupling, change, code, tfi, tos, adjusted, delta_s, lam, tau)
+    return PairTrace(m, mixing, cost_a, cost_b, coupling, change, code, tfi, tos, adjusted, delta_s, lam)
 
 
-def pair_stats(trace: PairTrace, svds: list[TruncatedSVD], active_rank: Array | int | None) -> dict[str, Array]:
+def find_lengths(svd: TruncatedSVD, s: Float[Array, "r"], geometry: str) -> Float[Array, "r"]:
+    """Of the points s_i u_i ("spectral"), or u_i ("orthonormal"); a zero matrix has zero vectors."""
+    return jnp.any(svd.u != 0, axis=0).astype(s.dtype) if geometry == "orthonormal" else s
+
+
+def relative_task_vector(parts: PairParts, trace: PairTrace, projection: str) -> Float[Array, "m n"]:
+    """tau of step 6: the change of the spectrum between both models' subspaces, B's carried over by the map."""
+    u, v = (
+        (x + jnp.matmul(y, trace.mixing.T, precision=PRECISION)) / 2
+        for x, y in ((parts.a.u, parts.b.u), (parts.a.v, parts.b.v))
+    )
+    return project(u, trace.delta_s, v, projection)
+
+
+def pair_stats(trace: PairTrace, parts: PairParts, active_rank: Array | int | None) -> dict[str, Array]:
     """What the report says of one pairwise merge."""
     code, coupling = trace.code, trace.coupling
-    return svd_stats(svds, active_rank) | {
+    return svd_stats([mask_svd(x, active_rank) for x in parts[:2]], active_rank) | {
         "gw_cost": code.d_bar,
         "gw_marginal_error": coupling.marginal_error,
         "gw_plan_change": coupling.plan_change,
@@ -155,19 +191,31 @@ LITERAL: dict[str, Any] = dict(
 """The source's own value of every departure that `rgsp` names."""
 
 
-def literal_trace(
-    stack: Float[Array, "2 m n"], rank: int | float, active_rank: Array | int | None = None, **settings: Any
-) -> tuple[PairTrace, list[TruncatedSVD]]:
-    """Steps 1 to 6 exactly as SPEC.md section 1 reads the source, with the two SVDs."""
-    svds = decompose(stack, rank, active_rank)
-    return relative_task_vector(*svds, active_rank=active_rank, **LITERAL | settings), svds
+def solve_literal(
+    parts: PairParts,
+    active_rank: Array | int | None = None,
+    beta: Array | float = 1.0,
+    epsilon: Array | float = 0.05,
+    w_q: Float[Array, "r r"] | None = None,
+    w_k: Float[Array, "r r"] | None = None,
+    mapped: bool = True,
+    plan: Float[Array, "r r"] | None = None,
+) -> PairTrace:
+    """Steps 2 to 6 exactly as SPEC.md section 1 reads the source; see `solve_pair`."""
+    return solve_pair(parts, active_rank, beta, epsilon, **LITERAL, w_q=w_q, w_k=w_k, mapped=mapped, plan=plan)
 
 
-def decompose(stack: Float[Array, "k m n"], rank: int | float, active_rank: Array | int | None) -> list[TruncatedSVD]:
-    """Truncated SVD of every matrix of the stack, masked at the run-time rank."""
-    rank = resolve_rank(rank, *stack.shape[1:])
-    batch = map_batch(lambda w: truncated_svd(w, rank, active_rank=active_rank), stack)  # compiled once, not K times
-    return [jax.tree.map(lambda x, k=k: x[k], batch) for k in range(stack.shape[0])]
+def build_seed(
+    stack: Float[Array, "2 m n"],
+    parts: PairParts,
+    trace: PairTrace,
+    active_rank: Array | int | None = None,
+    projection: str = "two_sided",
+) -> MergeOutput:
+    """`W* = (A + B)/2 + lambda tau + (1 - lambda)((B - A) - tau)`."""
+    a, b = stack
+    tau = relative_task_vector(parts, trace, projection)
+    return MergeOutput(fuse((a + b) / 2, b - a, tau, trace.lam, 1 - trace.lam), pair_stats(trace, parts, active_rank))
 
 
 def rgsp_seed(
@@ -196,12 +244,9 @@ def rgsp_seed(
             (R7).
         w_q, w_k: learnable [r, r] matrices of step 2; None is the identity.
     """
-    a, b = stack
-    trace, svds = literal_trace(
-        stack, rank, active_rank, beta=beta, epsilon=epsilon, projection=projection, w_q=w_q, w_k=w_k
-    )
-    merged = fuse((a + b) / 2, b - a, trace.tau, trace.lam, 1 - trace.lam)
-    return MergeOutput(merged, pair_stats(trace, svds, active_rank))
+    parts = prepare_pair(stack, rank, active_rank)
+    trace = solve_literal(parts, active_rank, beta, epsilon, w_q, w_k)
+    return build_seed(stack, parts, trace, active_rank, projection)
 
 
 def rgsp(
@@ -237,32 +282,86 @@ def rgsp(
         epsilon: entropic regularisation on costs normalised to [0, 1].
         others: as annotated.
     """
-    svds = decompose(stack, rank, active_rank)
-    settings: dict[str, Any] = dict(
-        active_rank=active_rank,
-        beta=beta,
-        epsilon=epsilon,
-        projection=projection,
-        overlap=overlap,
-        temperature=temperature,
-        align_signs=align_signs,
-        geometry=geometry,
-        fused_penalty=fused_penalty,
-        spectrum=spectrum,
-        total_importance=total_importance,
-        w_q=w_q,
-        w_k=w_k,
+    parts = prepare_pair(stack, rank, active_rank)
+    traces = solve_orders(
+        parts,
+        active_rank,
+        beta,
+        epsilon,
+        overlap,
+        temperature,
+        align_signs,
+        geometry,
+        fused_penalty,
+        spectrum,
+        total_importance,
+        symmetric,
+        w_q,
+        w_k,
     )
-    orders = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
-    sides = [jax.tree.map(lambda *x: jnp.stack(x), *(svds[order[side]] for order in orders)) for side in (0, 1)]
+    return build_pair(stack, parts, traces, active_rank, projection, rest_term)
 
-    def step_from(first: TruncatedSVD, second: TruncatedSVD, difference: Array) -> tuple[Array, PairTrace]:
-        trace = relative_task_vector(first, second, **settings)
+
+def solve_orders(
+    parts: PairParts,
+    active_rank: Array | int | None = None,
+    beta: Array | float = 1.0,
+    epsilon: Array | float = 0.05,
+    overlap: str = "two_sided",
+    temperature: Array | float | None = 0.05,
+    align_signs: bool = True,
+    geometry: str = "spectral",
+    fused_penalty: Array | float = 0.0,
+    spectrum: str = "relative",
+    total_importance: str = "sum",
+    symmetric: bool = True,
+    w_q: Float[Array, "r r"] | None = None,
+    w_k: Float[Array, "r r"] | None = None,
+) -> PairTrace:
+    """`solve_pair` from A to B and, where symmetric, from B to A, on a leading axis."""
+
+    def solve(parts: PairParts) -> PairTrace:
+        return solve_pair(
+            parts,
+            active_rank,
+            beta,
+            epsilon,
+            overlap,
+            temperature,
+            align_signs,
+            geometry,
+            fused_penalty,
+            spectrum,
+            total_importance,
+            w_q=w_q,
+            w_k=w_k,
+        )
+
+    orders = [parts, parts.swap()] if symmetric else [parts]
+    return map_batch(solve, jax.tree.map(lambda *x: jnp.stack(x), *orders))
+
+
+def build_pair(
+    stack: Float[Array, "2 m n"],
+    parts: PairParts,
+    traces: PairTrace,
+    active_rank: Array | int | None = None,
+    projection: str = "two_sided",
+    rest_term: bool = False,
+) -> MergeOutput:
+    """`W* = (A + B)/2 + lambda tau`, the mean of the orders there are."""
+    a, b = stack
+    count = traces.lam.shape[0]
+    merged = (a + b) / 2
+    for i, (own, difference) in enumerate(((parts, b - a), (parts.swap(), a - b))[:count]):
+        trace = jax.tree.map(lambda x, i=i: x[i], traces)
+        tau = relative_task_vector(own, trace, projection)
         on_rest = 1 - trace.lam if rest_term else 0.0
-        return fuse(jnp.zeros_like(difference), difference, trace.tau, trace.lam, on_rest), trace
-
-    differences = jnp.stack([stack[j] - stack[i] for i, j in orders])
-    steps, traces = map_batch(step_from, *sides, differences)
-    stats = pair_stats(jax.tree.map(lambda x: x[0], traces), svds, active_rank)
+        merged = merged + fuse(jnp.zeros_like(a), difference, tau, trace.lam, on_rest) / count
+    stats = pair_stats(jax.tree.map(lambda x: x[0], traces), parts, active_rank)
     stats["gw_unconverged"] = ~traces.coupling.converged.all()
-    return MergeOutput((stack[0] + stack[1]) / 2 + steps.sum(0) / len(orders), stats)
+    return MergeOutput(merged, stats)
+
+
+PAIR_STAGES = Stages(prepare_pair, solve_orders, build_pair)
+SEED_STAGES = Stages(prepare_pair, solve_literal, build_seed)

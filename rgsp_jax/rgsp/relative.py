@@ -7,10 +7,9 @@ from jaxtyping import Array, Float
 
 from rgsp_jax.linalg import polar_factor
 from rgsp_jax.linalg.mean import stack_mean
-from rgsp_jax.method import ActiveRank, Hyperparameter, Rank
-from rgsp_jax.rgsp.alignment import PRECISION
-from rgsp_jax.rgsp.pairwise import decompose
-from rgsp_jax.rgsp.stats import svd_stats
+from rgsp_jax.method import ActiveRank, Hyperparameter, Rank, Stages
+from rgsp_jax.rgsp.alignment import PRECISION, decompose, unstack
+from rgsp_jax.rgsp.stats import mask_svd, svd_stats
 from rgsp_jax.types import MergeOutput, TruncatedSVD
 
 Scale = Annotated[
@@ -55,12 +54,17 @@ def relative(
         active_rank: run-time rank; the result equals that at this rank.
         scale: a number, or "auto": `2 / (1 + 20 rho)` with rho the mean of |theta_i - mean| / |mean|.
     """
-    parts, svds = relative_parts(stack, rank, active_rank)
-    factor = automatic_scale(parts.rho) if isinstance(scale, str) else jnp.asarray(scale, stack.dtype)
-    stats = svd_stats(svds, active_rank) | {"rho": parts.rho, "scale": factor}
-    if stack.shape[0] == 2:  # the two task vectors cancel exactly; no rounding of theirs may leak in
-        return MergeOutput(parts.mean, stats)
-    return MergeOutput(compose(parts, stack, factor), stats)
+    parts = prepare_relative(stack, rank, active_rank)
+    return build_relative(stack, parts, decorrelate(parts, active_rank), active_rank, scale)
+
+
+class RelativeSvds(NamedTuple):
+    """Truncated SVDs of the relative task vectors `theta_k - mean` of one matrix, r directions a model."""
+
+    mean: Float[Array, "m n"]
+    svds: TruncatedSVD
+    """Of every model, on a leading axis [k]."""
+    rho: Float[Array, ""]
 
 
 class RelativeParts(NamedTuple):
@@ -78,21 +82,50 @@ class RelativeParts(NamedTuple):
     rho: Float[Array, ""]
 
 
-def relative_parts(
+def prepare_relative(
     stack: Float[Array, "k m n"], rank: int | float = 0.05, active_rank: Array | int | None = None
-) -> tuple[RelativeParts, list[TruncatedSVD]]:
-    """Decompose K models once; every member of the family is then a few products away (`compose`)."""
-    count = stack.shape[0]
+) -> RelativeSvds:
+    """What every member of the family takes, whatever its rank up to this one and its scale."""
     mean = stack_mean(stack)
-    differences = stack - mean[None]
-    svds = decompose(differences, rank, active_rank)
+    return RelativeSvds(mean, decompose(stack - mean[None], rank, active_rank), relative_distance(stack, mean))
+
+
+def decorrelate(parts: RelativeSvds, active_rank: Array | int | None = None) -> RelativeParts:
+    """Polar factors of all models' directions side by side; every scale is then a few products away (`compose`)."""
+    count = parts.svds.s.shape[0]
+    svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
     u = polar_factor(jnp.concatenate([d.u for d in svds], axis=1))
     v = polar_factor(jnp.concatenate([d.v for d in svds], axis=1))
     s = jnp.stack([d.s for d in svds])
     left, right = (jnp.moveaxis(x.reshape(x.shape[0], count, -1), 1, 0) for x in (u, v))
     own_u, own_v = jnp.stack([d.u for d in svds]) * s[:, None, :], jnp.stack([d.v for d in svds])
-    rho = relative_distance(stack, mean)
-    return RelativeParts(mean, left * s[:, None, :], right, own_u, own_v, rho), svds
+    return RelativeParts(parts.mean, left * s[:, None, :], right, own_u, own_v, parts.rho)
+
+
+def relative_parts(stack: Float[Array, "k m n"], rank: int | float = 0.05) -> RelativeParts:
+    """Decompose and decorrelate K models."""
+    return decorrelate(prepare_relative(stack, rank))
+
+
+def relative_stats(parts: RelativeSvds, active_rank: Array | int | None) -> dict[str, Array]:
+    """What the report says of one matrix."""
+    svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
+    return svd_stats(svds, active_rank) | {"rho": parts.rho}
+
+
+def build_relative(
+    stack: Float[Array, "k m n"],
+    parts: RelativeSvds,
+    solution: RelativeParts,
+    active_rank: Array | int | None = None,
+    scale: Array | float | str = "auto",
+) -> MergeOutput:
+    """The member with one coefficient for all directions, see `relative`."""
+    factor = automatic_scale(parts.rho) if isinstance(scale, str) else jnp.asarray(scale, stack.dtype)
+    stats = relative_stats(parts, active_rank) | {"scale": factor}
+    if stack.shape[0] == 2:  # the two task vectors cancel exactly; no rounding of theirs may leak in
+        return MergeOutput(parts.mean, stats)
+    return MergeOutput(compose(solution, stack, factor), stats)
 
 
 def compose(
@@ -149,6 +182,21 @@ def relative_weighted(
         directions: a number, [K], or [K, rank].
         rest: a number or [K].
     """
-    parts, svds = relative_parts(stack, rank, active_rank)
-    stats = svd_stats(svds, active_rank) | {"rho": parts.rho}
-    return MergeOutput(compose(parts, stack, directions, rest), stats)
+    parts = prepare_relative(stack, rank, active_rank)
+    return build_weighted(stack, parts, decorrelate(parts, active_rank), active_rank, directions, rest)
+
+
+def build_weighted(
+    stack: Float[Array, "k m n"],
+    parts: RelativeSvds,
+    solution: RelativeParts,
+    active_rank: Array | int | None = None,
+    directions: Array | float = 1.0,
+    rest: Array | float = 0.0,
+) -> MergeOutput:
+    """The member with these coefficients, see `relative_weighted`."""
+    return MergeOutput(compose(solution, stack, directions, rest), relative_stats(parts, active_rank))
+
+
+RELATIVE_STAGES = Stages(prepare_relative, decorrelate, build_relative)
+WEIGHTED_STAGES = Stages(prepare_relative, decorrelate, build_weighted)

@@ -6,10 +6,20 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rgsp_jax.linalg import subspace_overlap
+from rgsp_jax.rgsp.alignment import active_mask
 from rgsp_jax.types import TruncatedSVD
 
 SVD_TOLERANCE = 1e-3
 """Residual relative to s_1 past which a decomposition is flagged; bf16 storage alone costs 1e-2 in angle."""
+
+
+def mask_svd(svd: TruncatedSVD, active_rank: Array | int | None) -> TruncatedSVD:
+    """The triples below the run-time rank, zeros past it; the residual is that of them all."""
+    if active_rank is None:
+        return svd
+    active = active_mask(svd.s.shape[0], active_rank)
+    u, v = (jnp.where(active[None, :], x, 0) for x in (svd.u, svd.v))
+    return TruncatedSVD(u, jnp.where(active, svd.s, 0), v, svd.residual)
 
 
 def svd_stats(svds: Sequence[TruncatedSVD], active_rank: Array | int | None) -> dict[str, Array]:

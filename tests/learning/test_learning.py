@@ -110,7 +110,7 @@ def test_gradients_in_every_coefficient_and_through_the_decomposition():
     stack = family.stacks["dense/kernel"]
 
     def of_weights(stack):
-        parts, _ = relative_parts(stack, RANK)
+        parts = relative_parts(stack, RANK)
         return jnp.sum(jnp.sin(parts.u @ jnp.swapaxes(parts.v, 1, 2)))
 
     direction = jnp.asarray(rng.normal(size=stack.shape))
