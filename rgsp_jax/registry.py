@@ -5,6 +5,9 @@ from types import MappingProxyType
 
 from rgsp_jax.grafting import graft_layer, interpolation_weights, sequential_graft
 from rgsp_jax.merging import (
+    ISO_C_STAGES,
+    ISO_CTS_STAGES,
+    TSV_STAGES,
     ace_merging,
     average,
     breadcrumbs,
@@ -233,6 +236,7 @@ TABLE = (
         keeps_copies=False,
         scale_equivariant=True,
         rotation_equivariant=True,
+        stages=TSV_STAGES,
     ),
     Method(
         "iso_c",
@@ -244,6 +248,7 @@ TABLE = (
         keeps_copies=False,
         scale_equivariant=True,
         rotation_equivariant=True,
+        stages=ISO_C_STAGES,
     ),
     Method(
         "iso_cts",
@@ -255,6 +260,7 @@ TABLE = (
         keeps_copies=False,
         scale_equivariant=True,
         rotation_equivariant=True,
+        stages=ISO_CTS_STAGES,
     ),
     Method(
         "wudi",

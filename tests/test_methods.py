@@ -176,6 +176,44 @@ def test_a_masked_rank_is_the_smaller_rank(name):
     assert masked._cache_size() == 1
 
 
+def in_stages(name, stack, **hyperparameters):
+    """The method composed of its three steps, each given what its signature names."""
+    stages, given = methods[name].stages, methods[name].defaults | hyperparameters | needed(name, stack)
+
+    def pick(stage):
+        return {argument: given[argument] for argument in stages.arguments(stage) if argument in given}
+
+    parts = stages.prepare(stack, **pick("prepare"))
+    return stages.build(stack, parts, stages.solve(parts, **pick("solve")), **pick("build"))
+
+
+VARIED = {
+    "active_rank": ("int", (1, 2, 4)),
+    "beta": ("float", (0.0, 1.0, 7.0)),
+    "epsilon": ("float", (0.02, 0.05, 0.5)),
+    "temperature": ("float", (0.03, 0.3, 1.0)),
+    "fused_penalty": ("float", (0.0, 0.5, 0.1)),
+    "scale": ("float", (0.3, 1.0, 2.0)),
+}
+
+
+@pytest.mark.parametrize("name", [n for n, method in methods.items() if method.stages])
+def test_the_stages_compose_to_the_method(name):
+    """For several traced values at once, under vmap and jit; and they take every hyperparameter there is."""
+    method, stages = methods[name], methods[name].stages
+    taken = set().union(*(stages.arguments(stage) for stage in ("prepare", "solve", "build")))
+    assert set(method.hyperparameters) <= taken
+    stack, fixed = siblings(7, count_for(name), (6, 5)), options(name, **({"rank": 4} if name in RANKED else {}))
+    varied = [n for n in VARIED if n in method.hyperparameters]
+    values = {n: jnp.asarray(VARIED[n][1], int if VARIED[n][0] == "int" else float) for n in varied}
+    whole = jax.jit(jax.vmap(lambda v: method.fn(stack, **needed(name, stack), **fixed, **v)))(values)
+    staged = jax.jit(jax.vmap(lambda v: in_stages(name, stack, **fixed, **v)))(values)
+    assert jax.tree.structure(whole) == jax.tree.structure(staged)
+    for ours, theirs in zip(jax.tree.leaves(staged), jax.tree.leaves(whole), strict=True):
+        assert_equal(ours, theirs, 1e-10)
+    assert np.abs(np.diff(whole.merged, axis=0)).max(axis=(1, 2)).min() > 1e-9
+
+
 @every_method
 def test_too_few_or_too_many_models(name):
     low, high = methods[name].models

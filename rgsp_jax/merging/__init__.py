@@ -8,7 +8,7 @@ from rgsp_jax.merging.core_space import core_space
 from rgsp_jax.merging.dare import dare, dare_ties
 from rgsp_jax.merging.della import della
 from rgsp_jax.merging.fisher import fisher
-from rgsp_jax.merging.isotropic import iso_c, iso_cts
+from rgsp_jax.merging.isotropic import ISO_C_STAGES, ISO_CTS_STAGES, iso_c, iso_cts
 from rgsp_jax.merging.karcher import karcher
 from rgsp_jax.merging.knots import knots
 from rgsp_jax.merging.model_stock import model_stock
@@ -18,10 +18,13 @@ from rgsp_jax.merging.regmean import regmean
 from rgsp_jax.merging.slerp import slerp
 from rgsp_jax.merging.task_arithmetic import task_arithmetic
 from rgsp_jax.merging.ties import ties
-from rgsp_jax.merging.tsv import tsv_m
+from rgsp_jax.merging.tsv import TSV_STAGES, tsv_m
 from rgsp_jax.merging.wudi import wudi
 
 __all__ = [
+    "ISO_CTS_STAGES",
+    "ISO_C_STAGES",
+    "TSV_STAGES",
     "ResponseSearch",
     "ace_merging",
     "average",

@@ -9,8 +9,8 @@ from rgsp_jax.batching import map_batch
 from rgsp_jax.linalg import polar_factor, truncated_svd
 from rgsp_jax.linalg.dense import matmul, project_out
 from rgsp_jax.merging.task_arithmetic import Scale, task_vectors
-from rgsp_jax.merging.tsv import SVD_TOLERANCE, side_by_side
-from rgsp_jax.method import Hyperparameter
+from rgsp_jax.merging.tsv import SVD_TOLERANCE, TaskUpdate, build_on_base, side_by_side, solve_nothing
+from rgsp_jax.method import Hyperparameter, Stages
 from rgsp_jax.types import MergeOutput
 
 CommonShare = Annotated[
@@ -33,11 +33,16 @@ def iso_c(stack: Float[Array, "k m n"], base: Float[Array, "m n"], scale: Scale 
     Returns:
         stats: `mean_singular_value`, s, in the units of the weights.
     """
+    parts = prepare_iso_c(stack, base)
+    return build_on_base(stack, parts, solve_nothing(parts), base, scale)
+
+
+def prepare_iso_c(stack: Float[Array, "k m n"], base: Float[Array, "m n"]) -> TaskUpdate:
+    """`s U V^T`."""
     total = task_vectors(stack, base).sum(0)
     directions = polar_factor(total)
     level = jnp.sum(directions * total) / min(base.shape)
-    merged = base + jnp.asarray(scale, stack.dtype) * level * directions
-    return MergeOutput(merged, {"mean_singular_value": level})
+    return TaskUpdate(level * directions, {"mean_singular_value": level})
 
 
 def split_directions(smaller: int, count: int, common_share: float) -> tuple[int, int]:
@@ -71,6 +76,12 @@ def iso_cts(
     Returns:
         stats: `mean_singular_value`, s; `residual` [2] of the SVDs (common, worst task); `svd_inexact`, a flag.
     """
+    parts = prepare_iso_cts(stack, base, common_share)
+    return build_on_base(stack, parts, solve_nothing(parts), base, scale)
+
+
+def prepare_iso_cts(stack: Float[Array, "k m n"], base: Float[Array, "m n"], common_share: float = 0.8) -> TaskUpdate:
+    """`s U V^T` of both kinds of direction."""
     vectors = task_vectors(stack, base)
     common, each = split_directions(min(base.shape), stack.shape[0], common_share)
     left, values, right, residuals = [], [], [], []
@@ -86,10 +97,13 @@ def iso_cts(
     u, v = (polar_factor(jnp.concatenate(x, axis=1)) for x in (left, right))
     level = jnp.mean(jnp.concatenate(values))
     residual = jnp.stack(residuals)
-    merged = base + jnp.asarray(scale, stack.dtype) * level * matmul(u, v.T)
     stats = {
         "mean_singular_value": level,
         "residual": residual,
         "svd_inexact": ~(residual.max() <= SVD_TOLERANCE),
     }
-    return MergeOutput(merged, stats)
+    return TaskUpdate(level * matmul(u, v.T), stats)
+
+
+ISO_C_STAGES = Stages(prepare_iso_c, solve_nothing, build_on_base)
+ISO_CTS_STAGES = Stages(prepare_iso_cts, solve_nothing, build_on_base)

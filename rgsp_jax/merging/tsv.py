@@ -1,5 +1,7 @@
 """TSV-Merge: leading singular directions of every task vector, decorrelated across tasks."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -7,6 +9,7 @@ from rgsp_jax.batching import map_batch
 from rgsp_jax.linalg import polar_factor, truncated_svd
 from rgsp_jax.linalg.dense import matmul, scale_columns
 from rgsp_jax.merging.task_arithmetic import Scale, task_vectors
+from rgsp_jax.method import Stages
 from rgsp_jax.types import MergeOutput, TruncatedSVD
 
 SVD_TOLERANCE = 1e-3
@@ -38,9 +41,42 @@ def tsv_m(stack: Float[Array, "k m n"], base: Float[Array, "m n"], scale: Scale 
     Returns:
         stats: `residual` [K] of the SVDs; `svd_inexact`, a flag.
     """
+    parts = prepare_tsv(stack, base)
+    return build_on_base(stack, parts, solve_nothing(parts), base, scale)
+
+
+class TaskUpdate(NamedTuple):
+    """What is added to a base, at any scale."""
+
+    update: Float[Array, "m n"]
+    stats: dict[str, Array]
+
+
+def prepare_tsv(stack: Float[Array, "k m n"], base: Float[Array, "m n"]) -> TaskUpdate:
+    """`U diag(S) V^T`."""
     vectors = task_vectors(stack, base)
     rank = max(1, min(base.shape) // stack.shape[0])
     svds = map_batch(lambda x: truncated_svd(x, rank), vectors)
     u, v = (polar_factor(side_by_side(x)) for x in (svds.u, svds.v))
-    merged = matmul(scale_columns(u, svds.s.reshape(-1)), v.T)
-    return MergeOutput(base + jnp.asarray(scale, stack.dtype) * merged, svd_stats(svds))
+    return TaskUpdate(matmul(scale_columns(u, svds.s.reshape(-1)), v.T), svd_stats(svds))
+
+
+def solve_nothing(parts: TaskUpdate) -> tuple[()]:
+    """Nothing is left to solve behind the decompositions."""
+    del parts
+    return ()
+
+
+def build_on_base(
+    stack: Float[Array, "k m n"],
+    parts: TaskUpdate,
+    solution: tuple[()],
+    base: Float[Array, "m n"],
+    scale: Array | float = 1.0,
+) -> MergeOutput:
+    """`base + scale * update`."""
+    del solution
+    return MergeOutput(base + jnp.asarray(scale, stack.dtype) * parts.update, parts.stats)
+
+
+TSV_STAGES = Stages(prepare_tsv, solve_nothing, build_on_base)

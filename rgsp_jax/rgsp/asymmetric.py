@@ -10,12 +10,13 @@ from rgsp_jax.rgsp.pairwise import (
     Beta,
     Epsilon,
     Learned,
+    PairCoupling,
     PairParts,
-    PairTrace,
     Projection,
+    couple_literal,
     pair_stats,
     prepare_pair,
-    solve_literal,
+    trace_literal,
 )
 from rgsp_jax.rgsp.stats import mask_svd
 from rgsp_jax.types import MergeOutput
@@ -24,12 +25,14 @@ from rgsp_jax.types import MergeOutput
 def build_on_base(
     stack: Float[Array, "2 m n"],
     parts: PairParts,
-    trace: PairTrace,
+    coupled: PairCoupling,
     active_rank: Array | int | None = None,
+    beta: Array | float = 1.0,
     projection: str = "one_sided",
 ) -> MergeOutput:
     """`tau' = U_A diag(M pi S_B) U_A^T; W* = A + lambda tau' + (1 - lambda)((B - A) - tau')` (SPEC.md section 2)."""
     a, b = stack
+    trace = trace_literal(parts, coupled, active_rank, beta)
     spectrum = mask_svd(parts.b, active_rank).s
     carried = jnp.matmul(
         trace.m, jnp.matmul(trace.adjusted_coupling, spectrum, precision=PRECISION), precision=PRECISION
@@ -57,8 +60,8 @@ def dgsm(
         stack: A (the base) and B [2, m, n]; the other arguments as in `rgsp_seed`.
     """
     parts = prepare_pair(stack, rank, active_rank)
-    trace = solve_literal(parts, active_rank, beta, epsilon, w_q, w_k)
-    return build_on_base(stack, parts, trace, active_rank, projection)
+    coupled = couple_literal(parts, active_rank, epsilon, w_q, w_k)
+    return build_on_base(stack, parts, coupled, active_rank, beta, projection)
 
 
 def gsf(
@@ -75,19 +78,16 @@ def gsf(
         stack: A (the base) and B [2, m, n]; the other arguments as in `rgsp_seed`.
     """
     parts = prepare_pair(stack, rank, active_rank)
-    trace = solve_unmapped(parts, active_rank, beta, epsilon)
-    return build_on_base(stack, parts, trace, active_rank, projection)
+    coupled = couple_unmapped(parts, active_rank, epsilon)
+    return build_on_base(stack, parts, coupled, active_rank, beta, projection)
 
 
-def solve_unmapped(
-    parts: PairParts,
-    active_rank: Array | int | None = None,
-    beta: Array | float = 1.0,
-    epsilon: Array | float = 0.05,
-) -> PairTrace:
-    """`solve_literal` with M = I."""
-    return solve_literal(parts, active_rank, beta, epsilon, mapped=False)
+def couple_unmapped(
+    parts: PairParts, active_rank: Array | int | None = None, epsilon: Array | float = 0.05
+) -> PairCoupling:
+    """`couple_literal` with M = I."""
+    return couple_literal(parts, active_rank, epsilon, mapped=False)
 
 
-DGSM_STAGES = Stages(prepare_pair, solve_literal, build_on_base)
-GSF_STAGES = Stages(prepare_pair, solve_unmapped, build_on_base)
+DGSM_STAGES = Stages(prepare_pair, couple_literal, build_on_base)
+GSF_STAGES = Stages(prepare_pair, couple_unmapped, build_on_base)

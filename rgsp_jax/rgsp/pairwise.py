@@ -52,6 +52,17 @@ class PairParts(NamedTuple):
         return PairParts(self.b, self.a, self.left.T, self.right.T)
 
 
+class PairCoupling(NamedTuple):
+    """Steps 2 and 3 of SPEC.md section 1: the dynamic map and the transport, which beta plays no part in."""
+
+    m: Float[Array, "r r"]
+    mixing: Float[Array, "r r"]
+    """M with B's pairs turned towards those of A: `U_B' = U_B mixing^T`."""
+    cost_a: Float[Array, "r r"]
+    cost_b: Float[Array, "r r"]
+    coupling: Coupling
+
+
 class PairTrace(NamedTuple):
     """Every intermediate of the six steps but tau, in the names of SPEC.md section 1."""
 
@@ -80,24 +91,21 @@ def pair_svds(a: TruncatedSVD, b: TruncatedSVD) -> PairParts:
     return PairParts(a, b, *(jnp.matmul(x.T, y, precision=PRECISION) for x, y in ((a.u, b.u), (a.v, b.v))))
 
 
-def solve_pair(
+def couple_pair(
     parts: PairParts,
     active_rank: Array | int | None = None,
-    beta: Array | float = 1.0,
     epsilon: Array | float = 0.05,
     overlap: str = "two_sided",
     temperature: Array | float | None = 0.05,
     align_signs: bool = True,
     geometry: str = "spectral",
     fused_penalty: Array | float = 0.0,
-    spectrum: str = "relative",
-    total_importance: str = "sum",
     mapped: bool = True,
     w_q: Float[Array, "r r"] | None = None,
     w_k: Float[Array, "r r"] | None = None,
     plan: Float[Array, "r r"] | None = None,
-) -> PairTrace:
-    """Steps 2 to 6 of SPEC.md section 1, up to lambda.
+) -> PairCoupling:
+    """Steps 2 and 3 of SPEC.md section 1; nearly all that a merge costs behind its SVDs.
 
     Args:
         parts: of A and B at rank r.
@@ -139,6 +147,23 @@ def solve_pair(
     else:
         zero = jnp.zeros((), dtype)
         coupling = Coupling(plan, zero, zero, zero, jnp.asarray(True))
+    return PairCoupling(m, mixing, cost_a, cost_b, coupling)
+
+
+def trace_pair(
+    parts: PairParts,
+    coupled: PairCoupling,
+    active_rank: Array | int | None = None,
+    beta: Array | float = 1.0,
+    spectrum: str = "relative",
+    total_importance: str = "sum",
+) -> PairTrace:
+    """Steps 4 to 6 of SPEC.md section 1, up to lambda: a few products of r x r matrices."""
+    dtype, rank = parts.a.s.dtype, parts.a.s.shape[0]
+    active = active_mask(rank, active_rank)
+    count = jnp.sum(active).astype(dtype)
+    m, mixing, cost_a, cost_b, coupling = coupled
+    s_a, s_b = (jnp.where(active, x.s, 0) for x in (parts.a, parts.b))
     change = s_b - s_a
     scale = (s_a + s_b) / 2 if spectrum == "relative" else jnp.ones_like(change)
     unit_free = change / jnp.where(scale > 0, scale, 1.0)
@@ -149,6 +174,19 @@ def solve_pair(
     delta_s = jnp.matmul(m, jnp.matmul(adjusted, change, precision=PRECISION), precision=PRECISION)
     lam = fusion_coefficient(code.d_bar, tfi.sum() / (count if total_importance == "mean" else 1))
     return PairTrace(m, mixing, cost_a, cost_b, coupling, change, code, tfi, tos, adjusted, delta_s, lam)
+
+
+def solve_pair(
+    parts: PairParts,
+    active_rank: Array | int | None = None,
+    beta: Array | float = 1.0,
+    spectrum: str = "relative",
+    total_importance: str = "sum",
+    **coupling: Any,
+) -> PairTrace:
+    """Steps 2 to 6 of SPEC.md section 1, up to lambda; arguments as in `rgsp`, `coupling` those of `couple_pair`."""
+    coupled = couple_pair(parts, active_rank, **coupling)
+    return trace_pair(parts, coupled, active_rank, beta, spectrum, total_importance)
 
 
 def find_lengths(svd: TruncatedSVD, s: Float[Array, "r"], geometry: str) -> Float[Array, "r"]:
@@ -189,31 +227,48 @@ LITERAL: dict[str, Any] = dict(
     total_importance="mean",
 )
 """The source's own value of every departure that `rgsp` names."""
+LITERAL_ENCODING = {name: LITERAL[name] for name in ("spectrum", "total_importance")}
+LITERAL_COUPLING = {name: value for name, value in LITERAL.items() if name not in LITERAL_ENCODING}
 
 
-def solve_literal(
+def couple_literal(
     parts: PairParts,
     active_rank: Array | int | None = None,
-    beta: Array | float = 1.0,
     epsilon: Array | float = 0.05,
     w_q: Float[Array, "r r"] | None = None,
     w_k: Float[Array, "r r"] | None = None,
     mapped: bool = True,
     plan: Float[Array, "r r"] | None = None,
+) -> PairCoupling:
+    """Steps 2 and 3 exactly as SPEC.md section 1 reads the source; see `couple_pair`."""
+    return couple_pair(parts, active_rank, epsilon, **LITERAL_COUPLING, w_q=w_q, w_k=w_k, mapped=mapped, plan=plan)
+
+
+def trace_literal(
+    parts: PairParts, coupled: PairCoupling, active_rank: Array | int | None = None, beta: Array | float = 1.0
 ) -> PairTrace:
-    """Steps 2 to 6 exactly as SPEC.md section 1 reads the source; see `solve_pair`."""
-    return solve_pair(parts, active_rank, beta, epsilon, **LITERAL, w_q=w_q, w_k=w_k, mapped=mapped, plan=plan)
+    """Steps 4 to 6 likewise."""
+    return trace_pair(parts, coupled, active_rank, beta, **LITERAL_ENCODING)
+
+
+def solve_literal(
+    parts: PairParts, active_rank: Array | int | None = None, beta: Array | float = 1.0, **coupling: Any
+) -> PairTrace:
+    """Steps 2 to 6 likewise; `coupling` are arguments of `couple_literal`."""
+    return trace_literal(parts, couple_literal(parts, active_rank, **coupling), active_rank, beta)
 
 
 def build_seed(
     stack: Float[Array, "2 m n"],
     parts: PairParts,
-    trace: PairTrace,
+    coupled: PairCoupling,
     active_rank: Array | int | None = None,
+    beta: Array | float = 1.0,
     projection: str = "two_sided",
 ) -> MergeOutput:
     """`W* = (A + B)/2 + lambda tau + (1 - lambda)((B - A) - tau)`."""
     a, b = stack
+    trace = trace_literal(parts, coupled, active_rank, beta)
     tau = relative_task_vector(parts, trace, projection)
     return MergeOutput(fuse((a + b) / 2, b - a, tau, trace.lam, 1 - trace.lam), pair_stats(trace, parts, active_rank))
 
@@ -245,8 +300,8 @@ def rgsp_seed(
         w_q, w_k: learnable [r, r] matrices of step 2; None is the identity.
     """
     parts = prepare_pair(stack, rank, active_rank)
-    trace = solve_literal(parts, active_rank, beta, epsilon, w_q, w_k)
-    return build_seed(stack, parts, trace, active_rank, projection)
+    coupled = couple_literal(parts, active_rank, epsilon, w_q, w_k)
+    return build_seed(stack, parts, coupled, active_rank, beta, projection)
 
 
 def rgsp(
@@ -283,85 +338,82 @@ def rgsp(
         others: as annotated.
     """
     parts = prepare_pair(stack, rank, active_rank)
-    traces = solve_orders(
+    coupled = couple_orders(
         parts,
         active_rank,
-        beta,
         epsilon,
         overlap,
         temperature,
         align_signs,
         geometry,
         fused_penalty,
-        spectrum,
-        total_importance,
         symmetric,
         w_q,
         w_k,
     )
-    return build_pair(stack, parts, traces, active_rank, projection, rest_term)
+    return build_pair(stack, parts, coupled, active_rank, beta, projection, spectrum, total_importance, rest_term)
 
 
-def solve_orders(
+def couple_orders(
     parts: PairParts,
     active_rank: Array | int | None = None,
-    beta: Array | float = 1.0,
     epsilon: Array | float = 0.05,
     overlap: str = "two_sided",
     temperature: Array | float | None = 0.05,
     align_signs: bool = True,
     geometry: str = "spectral",
     fused_penalty: Array | float = 0.0,
-    spectrum: str = "relative",
-    total_importance: str = "sum",
     symmetric: bool = True,
     w_q: Float[Array, "r r"] | None = None,
     w_k: Float[Array, "r r"] | None = None,
-) -> PairTrace:
-    """`solve_pair` from A to B and, where symmetric, from B to A, on a leading axis."""
+) -> PairCoupling:
+    """`couple_pair` from A to B and, where symmetric, from B to A, on a leading axis."""
 
-    def solve(parts: PairParts) -> PairTrace:
-        return solve_pair(
+    def couple(parts: PairParts) -> PairCoupling:
+        return couple_pair(
             parts,
             active_rank,
-            beta,
             epsilon,
             overlap,
             temperature,
             align_signs,
             geometry,
             fused_penalty,
-            spectrum,
-            total_importance,
             w_q=w_q,
             w_k=w_k,
         )
 
     orders = [parts, parts.swap()] if symmetric else [parts]
-    return map_batch(solve, jax.tree.map(lambda *x: jnp.stack(x), *orders))
+    return map_batch(couple, jax.tree.map(lambda *x: jnp.stack(x), *orders))
 
 
 def build_pair(
     stack: Float[Array, "2 m n"],
     parts: PairParts,
-    traces: PairTrace,
+    coupled: PairCoupling,
     active_rank: Array | int | None = None,
+    beta: Array | float = 1.0,
     projection: str = "two_sided",
+    spectrum: str = "relative",
+    total_importance: str = "sum",
     rest_term: bool = False,
 ) -> MergeOutput:
     """`W* = (A + B)/2 + lambda tau`, the mean of the orders there are."""
     a, b = stack
-    count = traces.lam.shape[0]
+    count = coupled.m.shape[0]
     merged = (a + b) / 2
+    traces = []
     for i, (own, difference) in enumerate(((parts, b - a), (parts.swap(), a - b))[:count]):
-        trace = jax.tree.map(lambda x, i=i: x[i], traces)
+        order = jax.tree.map(lambda x, i=i: x[i], coupled)
+        trace = trace_pair(own, order, active_rank, beta, spectrum, total_importance)
         tau = relative_task_vector(own, trace, projection)
         on_rest = 1 - trace.lam if rest_term else 0.0
         merged = merged + fuse(jnp.zeros_like(a), difference, tau, trace.lam, on_rest) / count
-    stats = pair_stats(jax.tree.map(lambda x: x[0], traces), parts, active_rank)
-    stats["gw_unconverged"] = ~traces.coupling.converged.all()
+        traces.append(trace)
+    stats = pair_stats(traces[0], parts, active_rank)
+    stats["gw_unconverged"] = ~coupled.coupling.converged.all()
     return MergeOutput(merged, stats)
 
 
-PAIR_STAGES = Stages(prepare_pair, solve_orders, build_pair)
-SEED_STAGES = Stages(prepare_pair, solve_literal, build_seed)
+PAIR_STAGES = Stages(prepare_pair, couple_orders, build_pair)
+SEED_STAGES = Stages(prepare_pair, couple_literal, build_seed)
