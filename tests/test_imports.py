@@ -43,7 +43,7 @@ ALLOWED = {
     "similarity": FOUNDATION | {"linalg"},
     "registry": {"method", "rgsp", "merging", "grafting"},
     "trees": {"method", "registry", "rules", "batching", "types"},
-    "learning": FOUNDATION | {"linalg", "rgsp", "method", "rules", "trees"},
+    "learning": FOUNDATION | {"batching", "rgsp", "method", "registry", "rules", "trees"},
     "models": FOUNDATION | {"layouts"},
     "checkpoint": FOUNDATION | {"layouts", "rules", "models"},
     "activations": set(PURE) | {"checkpoint", "models"},

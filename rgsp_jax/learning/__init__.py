@@ -2,6 +2,7 @@
 
 from rgsp_jax.learning.family import (
     Coefficients,
+    Granularity,
     ModelFamily,
     compose_tree,
     export_settings,
@@ -16,10 +17,12 @@ from rgsp_jax.learning.losses import (
     squared_distance,
     weighted_entropy,
 )
+from rgsp_jax.learning.parameters import list_learnable
 from rgsp_jax.learning.training import LearningState, learn, make_step, start_learning
 
 __all__ = [
     "Coefficients",
+    "Granularity",
     "LearningState",
     "ModelFamily",
     "compose_tree",
@@ -29,6 +32,7 @@ __all__ = [
     "export_settings",
     "feature_distance",
     "learn",
+    "list_learnable",
     "make_step",
     "prepare_family",
     "squared_distance",

@@ -61,7 +61,6 @@ def relative(
 class RelativeSvds(NamedTuple):
     """Truncated SVDs of the relative task vectors `theta_k - mean` of one matrix, r directions a model."""
 
-    mean: Float[Array, "m n"]
     svds: TruncatedSVD
     """Of every model, on a leading axis [k]."""
     rho: Float[Array, ""]
@@ -70,7 +69,6 @@ class RelativeSvds(NamedTuple):
 class RelativeParts(NamedTuple):
     """What the family `mean + sum_k a_k tau_k + b_k rest_k` is made of, for one matrix and r directions a model."""
 
-    mean: Float[Array, "m n"]
     u: Float[Array, "k m r"]
     """Decorrelated left directions of every model, times their singular values."""
     v: Float[Array, "k n r"]
@@ -87,7 +85,7 @@ def prepare_relative(
 ) -> RelativeSvds:
     """What every member of the family takes, whatever its rank up to this one and its scale."""
     mean = stack_mean(stack)
-    return RelativeSvds(mean, decompose(stack - mean[None], rank, active_rank), relative_distance(stack, mean))
+    return RelativeSvds(decompose(stack - mean[None], rank, active_rank), relative_distance(stack, mean))
 
 
 def decorrelate(parts: RelativeSvds, active_rank: Array | int | None = None) -> RelativeParts:
@@ -99,7 +97,7 @@ def decorrelate(parts: RelativeSvds, active_rank: Array | int | None = None) -> 
     s = jnp.stack([d.s for d in svds])
     left, right = (jnp.moveaxis(x.reshape(x.shape[0], count, -1), 1, 0) for x in (u, v))
     own_u, own_v = jnp.stack([d.u for d in svds]) * s[:, None, :], jnp.stack([d.v for d in svds])
-    return RelativeParts(parts.mean, left * s[:, None, :], right, own_u, own_v, parts.rho)
+    return RelativeParts(left * s[:, None, :], right, own_u, own_v, parts.rho)
 
 
 def relative_parts(stack: Float[Array, "k m n"], rank: int | float = 0.05) -> RelativeParts:
@@ -124,7 +122,7 @@ def build_relative(
     factor = automatic_scale(parts.rho) if isinstance(scale, str) else jnp.asarray(scale, stack.dtype)
     stats = relative_stats(parts, active_rank) | {"scale": factor}
     if stack.shape[0] == 2:  # the two task vectors cancel exactly; no rounding of theirs may leak in
-        return MergeOutput(parts.mean, stats)
+        return MergeOutput(stack_mean(stack), stats)
     return MergeOutput(compose(solution, stack, factor), stats)
 
 
@@ -140,13 +138,14 @@ def compose(
         rest: b, a number or [K]; None leaves the rest out.
     """
     count, _, rank = parts.u.shape
-    a = jnp.asarray(directions, parts.mean.dtype)
+    mean = stack_mean(stack)
+    a = jnp.asarray(directions, mean.dtype)
     a = jnp.broadcast_to(a[:, None] if a.ndim == 1 else a, (count, rank))
-    merged = parts.mean + join_directions(parts.u * a[:, None, :], parts.v)
+    merged = mean + join_directions(parts.u * a[:, None, :], parts.v)
     if rest is None:
         return merged
-    b = jnp.broadcast_to(jnp.asarray(rest, parts.mean.dtype), (count,))
-    whole = jnp.tensordot(b, stack - parts.mean[None], axes=1)
+    b = jnp.broadcast_to(jnp.asarray(rest, mean.dtype), (count,))
+    whole = jnp.tensordot(b, stack - mean[None], axes=1)
     return merged + whole - join_directions(parts.own_u * b[:, None, None], parts.own_v)
 
 

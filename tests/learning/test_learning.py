@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from references import directional_derivative
-from rgsp_jax import learning, merge, methods
+from rgsp_jax import learning, merge
 from rgsp_jax.rgsp.relative import relative_parts
 
 RANK = 3
@@ -43,53 +43,62 @@ def test_the_start_is_relative_and_of_two_models_their_mean():
     trees = make_trees()
     for tree in trees:
         tree.pop("experts")  # stacked matrices share one coefficient here, and have a scale each in `relative`
-    family = learning.prepare_family(trees, RANK)
+    family = learning.prepare_family(trees, rank=RANK)
     for coefficients in ({}, learning.start_coefficients(family), learning.start_coefficients(family, "direction")):
         composed = learning.compose_tree(family, coefficients)
         assert_trees_close(composed, merge(trees, "relative", rank=RANK)[0], 1e-12)
-    pair = learning.prepare_family(trees[:2], RANK)
+    pair = learning.prepare_family(trees[:2], rank=RANK)
     composed = learning.compose_tree(pair, learning.start_coefficients(pair))
     assert_trees_close(composed, merge(trees[:2], "average")[0], 1e-12)
 
 
 def test_a_family_holds_what_was_asked_for():
-    family = learning.prepare_family(make_trees(), RANK)
+    family = learning.prepare_family(make_trees(), rank=RANK)
     everything = learning.start_coefficients(family, "direction")
     assert everything.keys() == {"dense/kernel", "dense/bias", "experts/kernel", "word/embedding", "norm/scale"}
     assert everything["dense/kernel"]["directions"].shape == (3, RANK)
-    assert set(everything["word/embedding"]) == {"rest"}
+    assert set(everything["word/embedding"]) == {"tensors"}
     some = learning.start_coefficients(family, learn=("directions",), select=lambda name: name.startswith("dense"))
     assert list(some) == ["dense/kernel"] and list(some["dense/kernel"]) == ["directions"]
     assert learning.compose_tree(family, everything)["steps"].dtype == jnp.arange(3).dtype
 
 
-@pytest.mark.parametrize("per", ["model", "direction"])
+@pytest.mark.parametrize("per", ["model", "layer", "direction"])
 def test_exported_settings_give_the_composed_model(per):
     trees = make_trees()
-    family = learning.prepare_family(trees, RANK)
+    family = learning.prepare_family(trees, rank=RANK)
     coefficients = random_coefficients(family, per)
     composed = learning.compose_tree(family, coefficients)
-    settings = learning.export_settings(family, coefficients, RANK)
-    views = dict(family.views)
-    assert settings.keys() == family.stacks.keys() - {"steps"}
+    settings = learning.export_settings(family, coefficients)
+    assert settings.keys() == {name for name, _ in family.order} - {"steps"}
     for name, (method, hyperparameters) in settings.items():
-        stack = family.stacks[name]
-        expected = composed
-        for part in name.split("/"):
-            expected = expected[part]
+        first, *others = ({"leaf": find_leaf(tree, name)} for tree in trees)
         arrays = {key: jnp.asarray(x) if isinstance(x, list) else x for key, x in hyperparameters.items()}
-        if name in views:
-            matrices = jnp.stack([views[name].to_matrices(leaf) for leaf in stack], axis=1)
-            found = views[name].from_matrices(jnp.stack([methods[method](m, **arrays).merged for m in matrices]))
+        if method == "average":
+            found = merge([first, *others], method, **arrays)[0]["leaf"]
         else:
-            rows = stack.reshape(len(stack), 1, -1)
-            found = methods[method](rows, **arrays).merged.reshape(stack.shape[1:])
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12, err_msg=name)
+            whole = [nest_leaf(tree, name) for tree in trees]
+            found = find_leaf(merge(whole, method, **arrays)[0], name)
+        np.testing.assert_allclose(found, find_leaf(composed, name), rtol=0, atol=1e-12, err_msg=name)
+
+
+def find_leaf(tree, name):
+    for part in name.split("/"):
+        tree = tree[part]
+    return tree
+
+
+def nest_leaf(tree, name):
+    """A tree of that leaf alone: its name says how it is laid out."""
+    leaf = find_leaf(tree, name)
+    for part in reversed(name.split("/")):
+        leaf = {part: leaf}
+    return leaf
 
 
 def test_gradients_in_every_coefficient_and_through_the_decomposition():
     trees = make_trees()
-    family = learning.prepare_family(trees, RANK)
+    family = learning.prepare_family(trees, rank=RANK)
     start = random_coefficients(family)
 
     def probe(coefficients):
@@ -107,7 +116,7 @@ def test_gradients_in_every_coefficient_and_through_the_decomposition():
     expected = (along(1e-5) - along(-1e-5)) / 2e-5
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
-    stack = family.stacks["dense/kernel"]
+    stack = jnp.stack([tree["dense"]["kernel"] for tree in trees])
 
     def of_weights(stack):
         parts = relative_parts(stack, RANK)
@@ -130,10 +139,10 @@ def test_degenerate_families_are_finite(case):
         trees = [{"dense": {"kernel": i * outer}} for i in range(3)]
 
     def total(coefficients, trees):
-        family = learning.prepare_family(trees, 2)
+        family = learning.prepare_family(trees, rank=2)
         return jnp.sum(learning.compose_tree(family, coefficients)["dense"]["kernel"] ** 2)
 
-    start = learning.start_coefficients(learning.prepare_family(trees, 2), "direction")
+    start = learning.start_coefficients(learning.prepare_family(trees, rank=2), "direction")
     value, gradients = jax.value_and_grad(total, argnums=(0, 1))(start, trees)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((value, gradients)))
 
@@ -183,7 +192,7 @@ def test_losses_against_numpy():
 def problem():
     """Experts of a linear map, each right on its own inputs: learning is to answer as they do."""
     trees = [{"dense": {"kernel": tree["dense"]["kernel"]}} for tree in make_trees(3, spread=1.0)]
-    family = learning.prepare_family(trees, RANK)
+    family = learning.prepare_family(trees, rank=RANK)
     rng = np.random.default_rng(3)
     inputs = [jnp.asarray(rng.normal(size=(20, 8)) * (np.arange(8) % 3 == k)) for k in range(3)]
     answers = [x @ tree["dense"]["kernel"] for x, tree in zip(inputs, trees, strict=True)]
