@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from rgsp_jax.batching import map_batch
 from rgsp_jax.method import Method, compute_dtype
@@ -71,53 +71,116 @@ def merge(
             the method's range.
     """
     chosen = resolve_method(method)
-    with_base = "base" in chosen.needs
+    leaves = sort_leaves(
+        trees, chosen, hyperparameters, base=base, inputs=inputs, key=key, layout=layout, model_type=model_type
+    )
+    merged, stats = keep_leaves(leaves, chosen, hyperparameters)
+    for group in leaves.groups:
+        outputs = split_group(group, leaves, merge_group(chosen, *stack_group(group, leaves), hyperparameters))
+        for i, (leaf, leaf_stats) in zip(group.members, outputs, strict=True):
+            merged[i], stats[leaves.names[i]] = leaf, leaf_stats
+    return join_leaves(leaves, merged), TreeReport(stats, leaves.done(chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafGroup:
+    """Leaves whose matrices have one shape and dtype, and what they are merged by is known in one form."""
+
+    members: tuple[int, ...]
+    views: tuple[MatrixView, ...]
+    beside: tuple[dict[str, Any], ...]
+    """For every matrix, what the method takes beside the stack and the base."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SortedLeaves:
+    """The leaves of some trees by what a method does with them."""
+
+    structure: Any
+    names: tuple[str, ...]
+    columns: tuple[tuple[Array, ...], ...]
+    """Of every leaf, the trees' arrays, the base's last where the method needs it."""
+    actions: tuple[str, ...]
+    """"method", "average", "first" or "copy"."""
+    groups: tuple[LeafGroup, ...]
+    """Of those merged by the method."""
+    count: int
+    """Trees, without the base."""
+
+    def done(self, method: Method) -> tuple[tuple[str, str], ...]:
+        """(path, what was done) for a report."""
+        done = {"method": method.name, "average": "average", "copy": "copy", "first": "copy"}
+        return tuple((name, done[action]) for name, action in zip(self.names, self.actions, strict=True))
+
+
+def sort_leaves(
+    trees: Sequence[PyTree],
+    method: Method,
+    hyperparameters: Mapping[str, Any],
+    *,
+    base: PyTree | None = None,
+    inputs: Mapping[str, InputStatistics] | None = None,
+    key: Array | None = None,
+    layout: Layout = "auto",
+    model_type: str | None = None,
+) -> SortedLeaves:
+    """Check the trees and sort their leaves; arguments and ValueError as in `merge`."""
+    with_base = "base" in method.needs
     flat = [
         jax.tree_util.tree_flatten_with_path(tree)
         for tree in (*trees, *([base] if with_base and base is not None else []))
     ]
-    check_trees(chosen, flat, hyperparameters, {"base": base, "covariances": inputs, "key": key})
-    inputs, key = inputs or {}, key if "key" in chosen.needs else None
-    names = [leaf_name(path) for path, _ in flat[0][0]]
-    columns = [tuple(jnp.asarray(leaves[i][1]) for leaves, _ in flat) for i in range(len(names))]
+    check_trees(method, flat, hyperparameters, {"base": base, "covariances": inputs, "key": key})
+    inputs, key = inputs or {}, key if "key" in method.needs else None
+    names = tuple(leaf_name(path) for path, _ in flat[0][0])
+    columns = tuple(tuple(jnp.asarray(leaves[i][1]) for leaves, _ in flat) for i in range(len(names)))
     rules = [
         assign_rule(
-            chosen,
+            method,
             column[0].shape,
             classify(name, column[0].shape, column[0].dtype, layout, model_type),
             name in inputs,
         )
         for name, column in zip(names, columns, strict=True)
     ]
-    merged: list[Array | None] = [None] * len(names)
-    stats: dict[str, dict[str, Array]] = {}
-    groups = defaultdict(list)
-    for i, ((action, view), column) in enumerate(zip(rules, columns, strict=True)):
+    found = defaultdict(list)
+    for i, ((_, view), column) in enumerate(zip(rules, columns, strict=True)):
         if view is not None:
-            known = inputs[names[i]] if "covariances" in chosen.needs else None
+            known = inputs[names[i]] if "covariances" in method.needs else None
             like = tuple(x.shape for x in jax.tree.leaves(known)), jax.tree.structure(known)
-            groups[view.matrices[1:], column[0].dtype, like].append(i)
-        elif action == "average":
-            merged[i] = average_leaf(column[: len(trees)], chosen.rest_settings(hyperparameters, len(trees)))
-        elif action == "first":
-            merged[i] = column[0]
-        else:
-            merged[i] = column[0]
-            stats[names[i]] = {"buffer_differs": jnp.stack([jnp.any(x != column[0]) for x in column]).any()}
-    for members in groups.values():
-        views = [view for view in (rules[i][1] for i in members) if view is not None]
-        beside = [
-            ({"inputs": inputs[names[i]]} if "covariances" in chosen.needs else {})
+            found[view.matrices[1:], column[0].dtype, like].append(i)
+    groups = []
+    for members in found.values():
+        views = tuple(view for view in (rules[i][1] for i in members) if view is not None)
+        beside = tuple(
+            ({"inputs": inputs[names[i]]} if "covariances" in method.needs else {})
             | ({} if key is None else {"key": fold_twice(key, i, part)})
             for i, view in zip(members, views, strict=True)
             for part in range(view.matrices[0])
-        ]
-        outputs = merge_group(chosen, [columns[i] for i in members], views, hyperparameters, beside)
-        for i, (leaf, leaf_stats) in zip(members, outputs, strict=True):
-            merged[i], stats[names[i]] = leaf, leaf_stats
-    done = {"method": chosen.name, "average": "average", "copy": "copy", "first": "copy"}
-    report = TreeReport(stats, tuple((name, done[action]) for name, (action, _) in zip(names, rules, strict=True)))
-    return jax.tree_util.tree_unflatten(flat[0][1], merged), report
+        )
+        groups.append(LeafGroup(tuple(members), views, beside))
+    return SortedLeaves(flat[0][1], names, columns, tuple(action for action, _ in rules), tuple(groups), len(trees))
+
+
+def keep_leaves(
+    leaves: SortedLeaves, method: Method, hyperparameters: Mapping[str, Any]
+) -> tuple[list[Array | None], dict[str, dict[str, Array]]]:
+    """Leaves that the method leaves alone, averaged or the first tree's, None for the others; and their stats."""
+    merged: list[Array | None] = [None] * len(leaves.names)
+    stats: dict[str, dict[str, Array]] = {}
+    for i, (name, action, column) in enumerate(zip(leaves.names, leaves.actions, leaves.columns, strict=True)):
+        if action == "average":
+            merged[i] = average_leaf(column[: leaves.count], method.rest_settings(hyperparameters, leaves.count))
+        elif action != "method":
+            merged[i] = column[0]
+        if action == "copy":
+            stats[name] = {"buffer_differs": jnp.stack([jnp.any(x != column[0]) for x in column]).any()}
+    return merged, stats
+
+
+def join_leaves(leaves: SortedLeaves, merged: Sequence[Array | None]) -> PyTree:
+    """The tree of these leaves."""
+    return jax.tree_util.tree_unflatten(leaves.structure, merged)
 
 
 def fold_twice(key: Array, first: int, second: int) -> Array:
@@ -185,36 +248,39 @@ def average_leaf(column: tuple[Array, ...], settings: Mapping[str, Any]) -> Arra
     return methods["average"].fn(stack, **settings).merged.astype(column[0].dtype)
 
 
-def merge_group(
-    method: Method,
-    columns: Sequence[tuple[Array, ...]],
-    views: Sequence[MatrixView],
-    hyperparameters: Any,
-    beside: Sequence[dict[str, Any]],
-) -> list[tuple[Array, dict[str, Array]]]:
-    """Merge leaves whose matrices have one shape as one batch [B, K, m, n]; merged leaf and stats of each.
-
-    `beside` has, for every matrix, what the method takes beside the stack; the base is the last of each column.
-    """
+def stack_group(group: LeafGroup, leaves: SortedLeaves) -> tuple[Array, Any]:
+    """The matrices of a group [B, K, m, n], the base the last of the K, and what each has beside it, in B too."""
+    columns = [leaves.columns[i] for i in group.members]
     dtype = compute_dtype(columns[0][0].dtype)
     stacks = [
         jnp.stack([view.to_matrices(x.astype(dtype)) for x in column], axis=1)
-        for view, column in zip(views, columns, strict=True)
+        for view, column in zip(group.views, columns, strict=True)
     ]
-    extras = jax.tree.map(lambda *xs: jnp.stack(xs), *beside)
-    with_base = "base" in method.needs
+    return jnp.concatenate(stacks), jax.tree.map(lambda *xs: jnp.stack(xs), *group.beside)
+
+
+def merge_group(method: Method, stacks: Float[Array, "b k m n"], beside: Any, hyperparameters: Any) -> MergeOutput:
+    """Merge matrices of one shape as one batch."""
 
     def merge_one(stack: Array, own: dict[str, Any]) -> MergeOutput:
-        if with_base:
-            return method.fn(stack[:-1], base=stack[-1], **own, **hyperparameters)
-        return method.fn(stack, **own, **hyperparameters)
+        models, beside = take_base(method, stack)
+        return method.fn(models, **beside, **own, **hyperparameters)
 
-    output = map_batch(merge_one, jnp.concatenate(stacks), extras)
+    return map_batch(merge_one, stacks, beside)
+
+
+def take_base(method: Method, stack: Float[Array, "k m n"]) -> tuple[Array, dict[str, Array]]:
+    """The models, and the base behind them for methods that need it."""
+    return (stack[:-1], {"base": stack[-1]}) if "base" in method.needs else (stack, {})
+
+
+def split_group(group: LeafGroup, leaves: SortedLeaves, output: MergeOutput) -> list[tuple[Array, dict[str, Array]]]:
+    """Merged leaf and stats of every member."""
     results, start = [], 0
-    for view, column in zip(views, columns, strict=True):
+    for i, view in zip(group.members, group.views, strict=True):
         rows = slice(start, start + view.matrices[0])
         start = rows.stop
-        leaf = view.from_matrices(output.merged[rows]).astype(column[0].dtype)
+        leaf = view.from_matrices(output.merged[rows]).astype(leaves.columns[i][0].dtype)
         leaf_stats = {name: x[rows] if view.batch else x[rows.start] for name, x in output.stats.items()}
         results.append((leaf, leaf_stats))
     return results
