@@ -134,7 +134,7 @@ def join_point(
     leaves: SortedLeaves,
     point: Point,
     blocks: Sequence[Block],
-    outputs: Sequence[MergeOutput],
+    outputs: Sequence[Array],
     kept: dict[str, Sequence[Array | None]],
 ) -> PyTree:
     """The tree of one point; leaves that the method leaves alone are computed once for all points."""
@@ -144,7 +144,9 @@ def join_point(
         kept[name] = keep_leaves(leaves, method, point.hyperparameters)[0]
     merged = list(kept[name])
     for block, output in zip(blocks, outputs, strict=True):
-        for i, (leaf, _) in zip(block.group.members, split_group(block.group, leaves, output), strict=True):
+        for i, (leaf, _) in zip(
+            block.group.members, split_group(block.group, leaves, MergeOutput(output, {})), strict=True
+        ):
             merged[i] = leaf
     return join_leaves(leaves, merged)
 
@@ -232,9 +234,9 @@ def compile_solve(method: Method, static: Static) -> Any:
     def solve(stack: Array, own: Any, parts: Any, settings: tuple[dict[str, Array], Array]) -> Any:
         if method.stages is None:  # vmapped on every platform: what the settings share is then computed once
 
-            def merge_one(traced: dict[str, Array], _: Array) -> MergeOutput:
+            def merge_one(traced: dict[str, Array], _: Array) -> Array:
                 models, known = take_base(method, stack)
-                return method.fn(models, **known, **own, **cast(traced, stack.dtype), **dict(static))
+                return method.fn(models, **known, **own, **cast(traced, stack.dtype), **dict(static)).merged
 
             return jax.vmap(merge_one)(*settings)
         stages = method.stages
@@ -248,17 +250,17 @@ def compile_solve(method: Method, static: Static) -> Any:
 
 @functools.cache
 def compile_build(method: Method, static: Static) -> Any:
-    """`build(stacks, beside, parts, solutions, lane, traced) -> MergeOutput [B, ...]` of one setting."""
+    """`build(stacks, beside, parts, solutions, lane, traced) -> merged [B, m, n]` of one setting, without its stats."""
 
-    def build(stack: Array, own: Any, parts: Any, solution: Any, traced: dict[str, Array]) -> MergeOutput:
+    def build(stack: Array, own: Any, parts: Any, solution: Any, traced: dict[str, Array]) -> Array:
         if method.stages is None:
             return solution
         models, known = take_base(method, stack)
         taken = method.stages.arguments("build")
         given = pick(known | own, taken) | cast(traced, stack.dtype) | dict(static)
-        return method.stages.build(models, parts, solution, **given)
+        return method.stages.build(models, parts, solution, **given).merged
 
-    def build_all(stacks: Array, beside: Any, parts: Any, solutions: Any, lane: Array, traced: Any) -> MergeOutput:
+    def build_all(stacks: Array, beside: Any, parts: Any, solutions: Any, lane: Array, traced: Any) -> Array:
         own_lane = jax.tree.map(lambda x: jnp.take(x, lane, axis=1), solutions)
         return map_batch(
             lambda stack, own, part, solution: build(stack, own, part, solution, traced),
