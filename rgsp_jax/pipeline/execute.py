@@ -6,7 +6,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -32,6 +32,14 @@ class ItemSources(NamedTuple):
     """[capacity, c, ...], for methods that need covariances."""
 
 
+class Compute(Protocol):
+    """How an item's output comes from its sources, as `compute_item` does it."""
+
+    def __call__(
+        self, plan: MergePlan, item: WorkItem, sources: ItemSources, seed: int, with_base: bool, /
+    ) -> ItemOutput | None: ...
+
+
 MergedPiece = tuple[Piece, np.ndarray, dict[str, Any]]
 """Where, the data, and their part of the report."""
 
@@ -54,12 +62,15 @@ def execute(
     seed: int,
     with_base: bool,
     on_done: OnDone,
+    compute: Compute | None = None,
 ) -> None:
     """Do every item the journal does not have yet.
 
     One thread reads ahead, the caller's thread computes, one thread writes; at most `IN_FLIGHT` items are in memory.
-    On any exception the journal holds exactly the items whose data are written.
+    On any exception the journal holds exactly the items whose data are written. `compute` takes the place of
+    `compute_item`.
     """
+    compute = compute or compute_item
     pending = [item for item in plan.items if item.index not in journal.entries]
     reader, scribe = ThreadPoolExecutor(1, "rgsp-read"), ThreadPoolExecutor(1, "rgsp-write")
     reads: deque[tuple[WorkItem, Future[ItemSources]]] = deque()
@@ -73,7 +84,7 @@ def execute(
             sources = read.result()
             for following in itertools.islice(ahead, 1):
                 reads.append((following, reader.submit(read_item, plan, following, checkpoints, covariances)))
-            output = compute_item(plan, item, sources, seed, with_base)
+            output = compute(plan, item, sources, seed, with_base)
             if write is not None:
                 write.result()
             pieces = copied_pieces(item, sources.weights[0]) if output is None else merged_pieces(plan, item, output)

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from rgsp_jax.batching import map_batch
 from rgsp_jax.method import Method, compute_dtype
 from rgsp_jax.pipeline.plan import CHUNK, Group
 from rgsp_jax.registry import methods
-from rgsp_jax.types import InputStatistics
+from rgsp_jax.types import InputStatistics, MergeOutput
 
 NOTHING = InputStatistics()
 """For methods that need no covariances."""
@@ -96,19 +96,7 @@ def compile_item(
             needed["base"] = sources[-1].astype(dtype)
         parameters = {k: v if jnp.issubdtype(v.dtype, jnp.integer) else v.astype(dtype) for k, v in traced.items()}
         output = method.fn(stack, **dict(static), **parameters, **needed)
-        # XLA may leave a cast there and back out; what is measured here is what is written.
-        precision = jnp.finfo(out_dtype)
-        written = jax.lax.reduce_precision(output.merged, precision.nexp, precision.nmant)
-        axes = tuple(range(1, stack.ndim))
-        difference = written[None] - stack
-        return ItemOutput(
-            output.merged.astype(out_dtype),
-            output.stats,
-            jnp.sum(difference**2, axes),
-            jnp.sum(stack**2, axes),
-            jnp.stack([jnp.isfinite(x).all() for x in sources]),
-            jnp.isfinite(written).all(),
-        )
+        return measure_output(output, stack, sources, out_dtype)
 
     def merge_matrices(
         sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array, inputs: InputStatistics
@@ -127,6 +115,25 @@ def compile_item(
         return output._replace(merged=output.merged[:, 0])
 
     return jax.jit(merge_elements if action == "elements" else merge_matrices)
+
+
+def measure_output(
+    output: MergeOutput, stack: Float[Array, "k ..."], sources: tuple[Array, ...], out_dtype: np.dtype
+) -> ItemOutput:
+    """A merge in the output's dtype, with what the report says of it beside the method's own stats."""
+    # XLA may leave a cast there and back out; what is measured here is what is written.
+    precision = jnp.finfo(out_dtype)
+    written = jax.lax.reduce_precision(output.merged, precision.nexp, precision.nmant)
+    axes = tuple(range(1, stack.ndim))
+    difference = written[None] - stack
+    return ItemOutput(
+        output.merged.astype(out_dtype),
+        output.stats,
+        jnp.sum(difference**2, axes),
+        jnp.sum(stack**2, axes),
+        jnp.stack([jnp.isfinite(x).all() for x in sources]),
+        jnp.isfinite(written).all(),
+    )
 
 
 def slot_key(seed: Array, salt: Array) -> Array:

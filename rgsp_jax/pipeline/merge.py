@@ -30,7 +30,7 @@ from rgsp_jax.checkpoint import (
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.audit import audit, read_piece
 from rgsp_jax.pipeline.config import MergeConfig
-from rgsp_jax.pipeline.execute import execute
+from rgsp_jax.pipeline.execute import Compute, execute
 from rgsp_jax.pipeline.journal import NAME as JOURNAL
 from rgsp_jax.pipeline.journal import Journal
 from rgsp_jax.pipeline.overview import dominant_dtype, needs_dtype, summarise, versions, write_overview
@@ -66,7 +66,13 @@ class MergeResult:
 
 
 def merge_checkpoints(
-    config: MergeConfig, out: Path | str, *, resume: bool = False, progress: Progress | None = None
+    config: MergeConfig,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    compute: Compute | None = None,
+    overview: bool = True,
 ) -> MergeResult:
     """Merge models into the directory `out`, which appears complete or not at all.
 
@@ -78,6 +84,8 @@ def merge_checkpoints(
         out: directory to create.
         resume: go on with an `OUT.incomplete` left by the same merge.
         progress: called as bytes are done.
+        compute: how items are computed, where decompositions are at hand (`rgsp_jax.sweep`).
+        overview: False leaves out report, model card and the models' hashes, for a merge that is used once.
 
     Raises:
         RefusedError: what the user can mend, all of it at once; nothing is left behind.
@@ -103,17 +111,18 @@ def merge_checkpoints(
             raise RefusedError(f"{workshop} cannot be made: {error.strerror}") from None
         with lock(workshop), ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(1, "rgsp-hash"))
-            parent_hashes = [[pool.submit(hash_file, p) for p in c.weight_files] for c in preparation.checkpoints]
+            read = preparation.checkpoints if overview else ()
+            parent_hashes = [[pool.submit(hash_file, p) for p in c.weight_files] for c in read]
             try:
                 with discarded_on_refusal(workshop, fresh):
                     journal = stack.enter_context(closing(Journal(workshop, fingerprint(preparation))))
                     writer = ShardWriter(workshop / MODEL, shards, resume=True)
                 resumed = forget_damaged(plan, journal, writer)
-                run(preparation, writer, journal, progress)
+                run(preparation, writer, journal, progress, compute)
                 pieces = collect_pieces(journal.entries.values())
                 with discarded_on_refusal(workshop, True):
                     refuse_non_finite(preparation, pieces)
-                hashes = [[future.result() for future in futures] for futures in parent_hashes]
+                hashes = [[future.result() for future in futures] for futures in parent_hashes] if overview else None
                 finished, facts = finish(preparation, out.name, writer, pieces, hashes, buffer_flags, progress)
                 publish(finished, out)
             except OSError as error:
@@ -216,7 +225,13 @@ def forget_damaged(plan: MergePlan, journal: Journal, writer: ShardWriter) -> in
     return len(journal.entries)
 
 
-def run(preparation: Preparation, writer: ShardWriter, journal: Journal, progress: Progress | None) -> None:
+def run(
+    preparation: Preparation,
+    writer: ShardWriter,
+    journal: Journal,
+    progress: Progress | None,
+    compute: Compute | None = None,
+) -> None:
     """Do what the journal does not have, reporting bytes read and written."""
     plan = preparation.plan
     total = plan.bytes_in + plan.bytes_out
@@ -237,6 +252,7 @@ def run(preparation: Preparation, writer: ShardWriter, journal: Journal, progres
         seed=seed,
         with_base=preparation.with_base,
         on_done=on_done,
+        compute=compute,
     )
 
 
@@ -263,11 +279,14 @@ def finish(
     name: str,
     writer: ShardWriter,
     pieces: Pieces,
-    hashes: Sequence[Sequence[str]],
+    hashes: Sequence[Sequence[str]] | None,
     buffer_flags: Mapping[str, list[str]],
     progress: Progress | None,
 ) -> tuple[Path, dict[str, Any]]:
-    """The audit and everything beside the weights; the finished directory and the facts of the result."""
+    """The audit and everything beside the weights; the finished directory and the facts of the result.
+
+    Without the models' hashes there is no overview.
+    """
     plan, first = preparation.plan, preparation.checkpoints[0]
     directory = writer.directory
     writer.finish()
@@ -282,8 +301,10 @@ def finish(
     dtype = dominant_dtype(plan)
     copy_companions(first, directory, dtype=dtype if needs_dtype(first.config, dtype) else None)
     records = build_records(plan, pieces, digests, buffer_flags)
-    summary = summarise(preparation, name, records, hashes, writer.plan)
-    write_overview(directory, summary, records, files)
+    known = hashes or [[""] * len(checkpoint.weight_files) for checkpoint in preparation.checkpoints]
+    summary = summarise(preparation, name, records, known, writer.plan)
+    if hashes is not None:
+        write_overview(directory, summary, records, files)
     return directory, {
         "method": summary.method,
         "tensors": len(plan.tasks),

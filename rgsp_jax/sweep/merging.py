@@ -17,7 +17,7 @@ from rgsp_jax.method import Method
 from rgsp_jax.registry import methods
 from rgsp_jax.rules import Layout
 from rgsp_jax.sweep.grid import Point, SweepConfig
-from rgsp_jax.sweep.staging import Cut, Static, Traced, cast, cut_setting, largest_ranks, split
+from rgsp_jax.sweep.staging import Cut, Static, Traced, cast, cut_setting, largest_ranks, pick, split
 from rgsp_jax.trees import (
     LeafGroup,
     SortedLeaves,
@@ -271,8 +271,3 @@ def compile_build(method: Method, static: Static) -> Any:
         )
 
     return jax.jit(build_all)
-
-
-def pick(known: Mapping[str, Any], taken: frozenset[str]) -> dict[str, Any]:
-    """What a step takes of what is known beside the stack."""
-    return {name: value for name, value in known.items() if name in taken}
