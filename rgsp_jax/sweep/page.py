@@ -45,7 +45,10 @@ def render_page(
     metrics = list_metrics(rows)
     axes = find_axes(rows)
     numeric = [i for i, name in enumerate(axes) if all(map(is_number, column(rows, name)))]
-    pairs = list(itertools.combinations(numeric, 2))[:MOST_MAPS]
+    together = [{axes[i] for i in numeric} & r.hyperparameters.keys() for r in rows]
+    pairs = [
+        (i, j) for i, j in itertools.combinations(numeric, 2) if any({axes[i], axes[j]} <= names for names in together)
+    ][:MOST_MAPS]
     methods = list(dict.fromkeys(r.method for r in rows))
     toward = {name: directions.get(name, "maximise") for name in metrics}
     view = {

@@ -71,7 +71,12 @@
     if (low === high) { low -= 0.5; high += 0.5; }
     return [low, high];
   };
-  const ticksBetween = (low, high) => [0, 0.25, 0.5, 0.75, 1].map((t) => [t, format(Number((low + t * (high - low)).toPrecision(3)))]);
+  // As many digits as tell values of a span apart.
+  const within = (value, low, high, more = 0) => {
+    const places = more + 1 - Math.floor(Math.log10(high - low));
+    return places > 8 || Math.abs(value) >= 1e6 ? value.toExponential(3) : value.toFixed(Math.max(0, places)).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
+  };
+  const ticksBetween = (low, high) => [0, 0.25, 0.5, 0.75, 1].map((t) => [t, within(low + t * (high - low), low, high)]);
 
   const frame = (width, height, label, wide = false) => svg("svg", { class: wide ? "chart wide" : "chart", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
   const figure = (title, picture) => {
@@ -116,22 +121,23 @@
     const wide = 380 / across.cells.length, high = Math.min(34, Math.max(16, 240 / up.cells.length));
     const bottom = top + high * up.cells.length;
     const picture = frame(left + 386, bottom + 40, `${data.metrics[metric]} by ${data.axes[a].name} and ${data.axes[b].name}`);
-    const all = scored();
-    if (!all.length) return picture;
-    const [worst, best] = limits(all);
+    const cells = across.cells.flatMap((_, i) => up.cells.map((_, j) =>
+      ({ i, j, row: bestOf(rows.filter((r) => across.cell(r.values[a]) === i && up.cell(r.values[b]) === j)) })));
+    const filled = cells.filter((cell) => cell.row !== null).map((cell) => cell.row);
+    if (!filled.length) return picture;
+    const [worst, best] = limits(filled);
+    const fits = filled.every((row) => wide > 8 + 6.2 * within(score(row), worst, best).length);
     up.cells.forEach((text, j) => picture.append(svg("text", { x: left - 6, y: bottom - (j + 0.5) * high + 4, "text-anchor": "end" }, text)));
     thin(across.cells.map((text, i) => [i, text]), 10).forEach(([i, text]) => picture.append(svg("text", { x: left + (i + 0.5) * wide, y: bottom + 15, "text-anchor": "middle" }, text)));
     picture.append(svg("text", { class: "title", x: left + 190, y: bottom + 34, "text-anchor": "middle" }, data.axes[a].name));
-    for (let i = 0; i < across.cells.length; i++) for (let j = 0; j < up.cells.length; j++) {
-      const row = bestOf(rows.filter((r) => across.cell(r.values[a]) === i && up.cell(r.values[b]) === j));
+    for (const { i, j, row } of cells) {
       const spot = { x: left + i * wide + 0.5, y: bottom - (j + 1) * high + 0.5, width: wide - 1, height: high - 1 };
       picture.append(svg("rect", { ...spot, class: "empty" }));
       if (row === null) continue;
       let share = (score(row) - worst) / (best - worst);
       if (sign(metric) < 0) share = 1 - share;
-      picture.append(svg("rect", { ...spot, class: "heat", "fill-opacity": (0.04 + 0.96 * share).toFixed(3) }));
-      const text = format(Number(score(row).toPrecision(3)));
-      if (wide > 8 + 6.2 * text.length) picture.append(svg("text", { class: share > 0.55 ? "cell strong" : "cell", x: spot.x + spot.width / 2, y: spot.y + spot.height / 2 }, text));
+      picture.append(svg("rect", { ...spot, class: "heat", "fill-opacity": (0.12 + 0.88 * share).toFixed(3) }));
+      if (fits) picture.append(svg("text", { class: share > 0.55 ? "cell strong" : "cell", x: spot.x + spot.width / 2, y: spot.y + spot.height / 2 }, within(score(row), worst, best)));
       picture.append(hint(svg("rect", { ...spot, fill: "transparent" }), describe(row)));
     }
     return picture;
@@ -273,8 +279,6 @@
         drawLines();
       }
       if (data.pairs.length) {
-        const all = scored();
-        if (all.length) { const [low, high] = limits(all), ends = sign(metric) > 0 ? [low, high] : [high, low]; element("ramp-ends").textContent = `${format(ends[0])} to ${format(ends[1])}`; }
         element("maps-plots").replaceChildren(...data.pairs.map(([a, b]) => figure(`${data.axes[b].name} over ${data.axes[a].name}`, drawMap(a, b))));
       }
       if (data.metrics.length > 1) drawFront();
