@@ -49,11 +49,13 @@ ALLOWED = {
     "activations": set(PURE) | {"checkpoint", "models"},
     "pipeline": set(PURE) | {"checkpoint", "models"},
     "alignment": {"errors", "checkpoint"},
+    "training": set(PURE) | {"checkpoint", "models", "activations", "pipeline"},
     "comparison": set(PURE) | {"checkpoint", "pipeline"},
     "demo": set(PURE) | {"checkpoint", "models", "pipeline"},
     "sweep": set(PURE) | {"checkpoint", "pipeline"},
     "cli": set(PURE) | {"checkpoint", "models", "activations", "alignment", "pipeline", "comparison", "demo", "sweep"},
 }
+ALLOWED["cli"] |= {"training"}
 PURE_PACKAGES = {"jax", "jaxtyping", "ott", "optax", "numpy", "rgsp_jax"}
 STANDARD = {
     "abc",

@@ -29,6 +29,8 @@ class Example:
     """What follows the text: the second text of a pair, the answer of a conversation."""
     image: Path | np.ndarray | None = None
     """A file, or an array: bytes [height, width, channels], or floats as the model takes them."""
+    label: int | None = None
+    """Number of its class, where it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class Dataset:
 
 
 def read_examples(
-    path: Path | str, *, field: str = "text", pair_field: str | None = None, image_field: str = "image"
+    path: Path | str,
+    *,
+    field: str = "text",
+    pair_field: str | None = None,
+    image_field: str = "image",
+    label_field: str | None = None,
 ) -> Dataset:
     """Read calibration data.
 
@@ -57,22 +64,25 @@ def read_examples(
         path: a `.jsonl` file (texts in `field`, optionally second texts in `pair_field` and, beside the texts or
             instead of them, image files in `image_field`, relative to the file's directory and inside it), a `.txt`
             file with a text per line, an `.npz` file with the array `images` or `pixel_values`, or a directory of
-            images.
+            images. `label_field` names the number of the class in a `.jsonl` file; an `.npz` file has it in the array
+            of that name.
 
     Raises:
         RefusedError: no such data, nothing in it, or examples that cannot be read; each is named by its line.
     """
     path = Path(path).expanduser()
+    if label_field is not None and path.suffix not in (".jsonl", ".npz"):
+        raise RefusedError(f"the data {path} hold no labels: give a .jsonl file or an .npz file that does")
     if path.is_dir():
         return read_image_directory(path)
     if not path.is_file():
         raise RefusedError(f"the data {path} does not exist")
     if path.suffix == ".jsonl":
-        examples = read_json_lines(path, field, pair_field, image_field)
+        examples = read_json_lines(path, field, pair_field, image_field, label_field)
     elif path.suffix == ".txt":
         examples = [Example(text=line) for _, line in read_lines(path)]
     elif path.suffix == ".npz":
-        examples = read_arrays(path)
+        examples = read_arrays(path, label_field)
     else:
         raise RefusedError(f"the data {path} is of an unknown kind by its name: give {READABLE}")
     if not examples:
@@ -90,7 +100,9 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def read_json_lines(path: Path, field: str, pair_field: str | None, image_field: str) -> list[Example]:
+def read_json_lines(
+    path: Path, field: str, pair_field: str | None, image_field: str, label_field: str | None = None
+) -> list[Example]:
     """Examples of a .jsonl file; an image field there makes every line need one."""
     records: list[tuple[int, dict[str, Any]]] = []
     problems: list[str] = []
@@ -114,13 +126,17 @@ def read_json_lines(path: Path, field: str, pair_field: str | None, image_field:
         if wrong:
             problems += [describe_field(path, number, record, name) for name in wrong]
             continue
+        label = None if label_field is None else record.get(label_field)
+        if label_field is not None and (not isinstance(label, int) or isinstance(label, bool) or label < 0):
+            problems.append(f"{path}, line {number}: {label_field!r} is {label!r}; the number of a class is needed")
+            continue
         try:
             image = find_image(path.parent, record[image_field]) if with_images else None
         except RefusedError as error:
             problems += [f"{path}, line {number}: {problem}" for problem in error.problems]
             continue
         text = record[field] if with_text else None
-        examples.append(Example(text, record[pair_field] if pair_field else None, image))
+        examples.append(Example(text, record[pair_field] if pair_field else None, image, label))
     if problems:
         raise RefusedError(cap(problems))
     return examples
@@ -143,7 +159,7 @@ def find_image(directory: Path, name: str) -> Path:
     return real
 
 
-def read_arrays(path: Path) -> list[Example]:
+def read_arrays(path: Path, label_field: str | None = None) -> list[Example]:
     """Examples of an .npz file: the array `pixel_values` or `images`, [examples, ...]."""
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -152,6 +168,7 @@ def read_arrays(path: Path) -> list[Example]:
                 there = ", ".join(archive.files[:10]) or "nothing"
                 raise RefusedError(f"the data {path} has no array images or pixel_values; there is {there}")
             array = archive[names[0]]
+            labels = [None] * len(array) if label_field is None else read_labels(path, archive, label_field, len(array))
     except RefusedError:
         raise
     except Exception as error:  # whatever a damaged archive provokes
@@ -168,7 +185,19 @@ def read_arrays(path: Path) -> list[Example]:
         if bad.size:
             listed = ", ".join(map(str, bad[:10]))
             raise RefusedError(f"the data {path}: {names[0]} holds values that are not finite in examples {listed}")
-    return [Example(image=image) for image in array]
+    return [Example(image=image, label=label) for image, label in zip(array, labels, strict=True)]
+
+
+def read_labels(path: Path, archive: Any, name: str, count: int) -> list[int]:
+    """Numbers of classes, one for each image."""
+    if name not in archive.files:
+        raise RefusedError(f"the data {path} have no array {name!r}; there is {', '.join(archive.files[:10])}")
+    labels = archive[name]
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or (labels < 0).any():
+        raise RefusedError(
+            f"the data {path}: {name} is {labels.dtype} {list(labels.shape)}; {count} numbers of classes are needed"
+        )
+    return labels.tolist()
 
 
 def read_image_directory(directory: Path) -> Dataset:

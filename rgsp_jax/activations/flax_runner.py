@@ -92,27 +92,12 @@ class FlaxRunner:
 
     def prepare(self, examples: Sequence[Example]) -> list[Prepared]:
         if self._tokenize is None:
-            return [Prepared(self._prepare_image(example.image), None) for example in examples]
+            return [Prepared(prepare_image(self._checkpoint, example.image), None) for example in examples]
         limit = min(self._settings.max_length, self._family.max_tokens(self._checkpoint.config or {}))
         self._tokenize.enable_truncation(limit)
         texts = [e.text if e.pair is None else (e.text, e.pair) for e in examples]
         encoded = self._tokenize.encode_batch(texts)
         return [Prepared((item.ids, item.type_ids), len(item.ids)) for item in encoded if item.ids]
-
-    def _prepare_image(self, image: Any) -> np.ndarray:
-        """[height, width, channels] floats, of pixel values as Hugging Face models take them."""
-        if not isinstance(image, np.ndarray) or image.dtype == np.uint8:
-            raise RefusedError(
-                f"{self._checkpoint.path}: the Flax backend takes an .npz with pixel_values as floats [examples, "
-                "channels, height, width]; use --backend torch for images that have to be prepared"
-            )
-        config = self._checkpoint.config or {}
-        size, channels = config.get("image_size", 224), config.get("num_channels", 3)
-        if image.shape != (channels, size, size):
-            raise RefusedError(
-                f"{self._checkpoint.path} takes pixel_values {[channels, size, size]}, the data are {list(image.shape)}"
-            )
-        return image.transpose(1, 2, 0)
 
     def find_sites(self, batch: Sequence[Prepared]) -> list[InputSite]:
         arguments = self._stack(batch)
@@ -241,6 +226,22 @@ def select(x: np.ndarray, site: InputSite, mask: np.ndarray) -> np.ndarray:
     if x.shape[:2] == mask.shape and x.ndim == 3:
         return x[mask]
     return x[mask.any(1)].reshape(-1, site.width)
+
+
+def prepare_image(checkpoint: Checkpoint, image: Any) -> np.ndarray:
+    """[height, width, channels] floats, of pixel values as Hugging Face models take them."""
+    if not isinstance(image, np.ndarray) or image.dtype == np.uint8:
+        raise RefusedError(
+            f"{checkpoint.path}: the Flax families take an .npz with pixel_values as floats [examples, channels, "
+            "height, width]; `rgsp covariances --backend torch` prepares other images"
+        )
+    config = checkpoint.config or {}
+    size, channels = config.get("image_size", 224), config.get("num_channels", 3)
+    if image.shape != (channels, size, size):
+        raise RefusedError(
+            f"{checkpoint.path} takes pixel_values {[channels, size, size]}, the data are {list(image.shape)}"
+        )
+    return image.transpose(1, 2, 0)
 
 
 def load_fast_tokenizer(directory: Path) -> Any:

@@ -23,14 +23,30 @@ def keep_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+COMMANDS = (
+    "align",
+    "compare",
+    "convert",
+    "covariances",
+    "demo",
+    "frontier",
+    "graft",
+    "learn",
+    "merge",
+    "methods",
+    "search",
+    "sweep",
+)
+
+
 class LazyCommands(click.Group):
     """Commands imported when they are asked for, so that `--help` does not wait for JAX."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["align", "compare", "convert", "covariances", "demo", "frontier", "graft", "merge", "methods", "search"]
+        return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.list_commands(ctx):
+        if cmd_name not in COMMANDS:
             return None
         keep_compilations()
         return getattr(import_module(f"rgsp_jax.cli.{cmd_name}"), cmd_name)

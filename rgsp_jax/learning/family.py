@@ -295,6 +295,15 @@ def compose_tree(family: ModelFamily, coefficients: Coefficients) -> PyTree:
     return jax.tree_util.tree_unflatten(family.structure, [leaves[name].astype(dtype) for name, dtype in family.order])
 
 
+def expert_tree(family: ModelFamily, model: Array | int) -> PyTree:
+    """One of the K models itself, `model` counting from 0; leaves that are no weights are the first's."""
+    leaves = {name: stack[0] if name in family.buffers else stack[model] for name, stack in family.tensors.items()}
+    for group in family.groups:
+        for name, view, first in group.members:
+            leaves[name] = view.from_matrices(group.stack[first : first + view.matrices[0], model])
+    return jax.tree_util.tree_unflatten(family.structure, [leaves[name].astype(dtype) for name, dtype in family.order])
+
+
 def weigh_models(family: ModelFamily, own: Mapping[str, Array]) -> Array:
     """Coefficients of the K models in a leaf that the method leaves out."""
     method, count = methods[family.method], family.models
@@ -313,7 +322,9 @@ def compose_group(family: ModelFamily, group: MatrixGroup, coefficients: Coeffic
     repeats = [view.matrices[0] for _, view, _ in group.members]
     each = [own for own, count in zip(settings, repeats, strict=True) for _ in range(count)]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
-    merged = map_batch(
+    # A solver's loop runs every lane of a batch to the slowest; products alone want the batch.
+    batched = map_batch if group.solution is None else run_at_once
+    merged = batched(
         jax.checkpoint(functools.partial(compose_matrix, method, dict(family.settings))),
         group.stack,
         group.parts,
@@ -322,6 +333,11 @@ def compose_group(family: ModelFamily, group: MatrixGroup, coefficients: Coeffic
         stacked,
     )
     return {name: view.from_matrices(merged[first : first + view.matrices[0]]) for name, view, first in group.members}
+
+
+def run_at_once(fn: Callable[..., Array], *batches: Any) -> Array:
+    """`jax.vmap(fn)(*batches)`."""
+    return jax.vmap(fn)(*batches)
 
 
 def match_shapes(settings: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:

@@ -25,20 +25,25 @@ def start_learning(parameters: Any, optimiser: optax.GradientTransformation) -> 
     return LearningState(jnp.zeros((), jnp.int32), parameters, optimiser.init(parameters))
 
 
-Step = Callable[..., tuple[LearningState, Float[Array, ""]]]
-"""`step(state, *data) -> (state, loss)`."""
+Step = Callable[..., tuple[LearningState, Any]]
+"""`step(state, *data) -> (state, loss)`, or `(state, (loss, what else there is to say))`."""
 
 
-def make_step(loss: Loss, optimiser: optax.GradientTransformation) -> Step:
+def make_step(loss: Loss, optimiser: optax.GradientTransformation, *, has_aux: bool = False) -> Step:
     """`step(state, *data) -> (state, loss)`, jitted: one gradient step of the optimiser.
 
     A step whose loss or gradient is not finite changes nothing but the count.
+
+    Args:
+        loss: of the parameters and data; differentiable.
+        optimiser: of optax.
+        has_aux: the loss returns `(value, anything)`, which the step hands on.
     """
 
     @jax.jit
-    def step(state: LearningState, *data: Any) -> tuple[LearningState, Float[Array, ""]]:
-        value, gradient = jax.value_and_grad(loss)(state.parameters, *data)
-        leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves((value, gradient))]
+    def step(state: LearningState, *data: Any) -> tuple[LearningState, Any]:
+        value, gradient = jax.value_and_grad(loss, has_aux=has_aux)(state.parameters, *data)
+        leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves((value[0] if has_aux else value, gradient))]
         finite = jnp.stack(leaves).all()
         updates, inner = optimiser.update(gradient, state.optimiser, state.parameters)
         new, old = (optax.apply_updates(state.parameters, updates), inner), (state.parameters, state.optimiser)
@@ -48,9 +53,7 @@ def make_step(loss: Loss, optimiser: optax.GradientTransformation) -> Step:
     return step
 
 
-def learn(
-    state: LearningState, step: Step, batches: Iterable[tuple[Any, ...]]
-) -> Iterator[tuple[LearningState, Float[Array, ""]]]:
+def learn(state: LearningState, step: Step, batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[LearningState, Any]]:
     """Yield the state and the loss after every batch; what is done with them (report, save, stop) is the caller's."""
     for data in batches:
         state, value = step(state, *data)

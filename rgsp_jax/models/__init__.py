@@ -13,9 +13,10 @@ from rgsp_jax.models.clip import (
     ClipVisionProjection,
 )
 from rgsp_jax.models.decoder import Decoder, DecoderConfig, DecoderLm
-from rgsp_jax.models.families import FAMILIES, Family
+from rgsp_jax.models.families import FAMILIES, HEADLESS, Family, without_pooler
 from rgsp_jax.models.gpt2 import Gpt2, Gpt2Config, Gpt2Lm, Gpt2OpenAi
 from rgsp_jax.models.qwen2_vl import Qwen2Vl, Qwen2VlConfig, Qwen2VlVision, Qwen2VlVisionConfig, find_positions
+from rgsp_jax.models.recompute import recompute_layers
 from rgsp_jax.models.roberta import (
     Roberta,
     RobertaClassifier,
@@ -33,11 +34,14 @@ from rgsp_jax.models.weights import (
     extract_parameters,
     load_weights,
     map_weights,
+    match_names,
+    place_weights,
     replace_parameters,
 )
 
 __all__ = [
     "FAMILIES",
+    "HEADLESS",
     "T5",
     "Bert",
     "BertClassifier",
@@ -84,5 +88,9 @@ __all__ = [
     "find_positions",
     "load_weights",
     "map_weights",
+    "match_names",
+    "place_weights",
+    "recompute_layers",
     "replace_parameters",
+    "without_pooler",
 ]

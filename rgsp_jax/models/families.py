@@ -215,6 +215,15 @@ def run_t5(model: Any, batch: Mapping[str, Array]) -> Any:
     return model(*inputs) if isinstance(model, T5Encoder) else model(inputs[0], batch["decoder_input_ids"], inputs[1])
 
 
+HEADLESS: tuple[type[nnx.Module], ...] = (Bert, Vit, Decoder, Gpt2, T5, T5Encoder, ClipText, ClipVision)
+"""Models whose output is hidden states; the others give logits."""
+
+
+def without_pooler(shapes: Shapes) -> Shapes:
+    """The same without a pooler, which hides the last hidden states of a model without a head."""
+    return {name: shape for name, shape in shapes.items() if "pooler." not in name}
+
+
 TEXT = frozenset({"input_ids", "attention_mask"})
 IMAGE = frozenset({"pixel_values"})
 

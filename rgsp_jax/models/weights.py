@@ -117,6 +117,27 @@ def map_weights(model: nnx.Module) -> dict[str, WeightPlace]:
     return dict(places)
 
 
+def match_names(model: nnx.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, WeightPlace]:
+    """Return where each name of a checkpoint lives in the model; names that are no weights are left out.
+
+    Raises RefusedError with every key that is missing, unexpected or doubled and every shape that differs.
+    """
+    places = map_weights(model)
+    leaves = dict(nnx.to_flat_state(nnx.state(model)))
+    given, problems = _normalise_keys(shapes, places, _table_of(model))
+    problems += [f"weight {key!r} is missing; the checkpoint has to hold it" for key in places if key not in given]
+    for key, name in given.items():
+        if key not in places:
+            problems.append(f"weight {name!r} has no place in {type(model).__name__}; remove it or change the config")
+            continue
+        expected = to_torch_shape(leaves[places[key].path].shape, places[key].operation)
+        if tuple(shapes[name]) != expected:
+            problems.append(f"weight {name!r} has shape {tuple(shapes[name])}; the config asks for {expected}")
+    if problems:
+        raise RefusedError(problems)
+    return {given[key]: place for key, place in places.items()}
+
+
 def load_weights(model: ModelT, weights: Mapping[str, np.ndarray]) -> ModelT:
     """Return `model` (real or from `nnx.eval_shape`) holding `weights`, given by PyTorch key in PyTorch layout.
 
@@ -124,22 +145,11 @@ def load_weights(model: ModelT, weights: Mapping[str, np.ndarray]) -> ModelT:
     Raises RefusedError with every key that is missing, unexpected or doubled and every shape that differs: keys and
     arrays must be in bijection, apart from the prefixes, renames and ignored keys of the family's table.
     """
-    places = map_weights(model)
+    places = match_names(model, {name: np.shape(array) for name, array in weights.items()})
     graphdef, state = nnx.split(model)
     leaves = dict(nnx.to_flat_state(state))
-    given, problems = _normalise_keys(weights, places, _table_of(model))
-    problems += [f"weight {key!r} is missing; the checkpoint has to hold it" for key in places if key not in given]
-    for key, name in given.items():
-        if key not in places:
-            problems.append(f"weight {name!r} has no place in {type(model).__name__}; remove it or change the config")
-            continue
-        shape, expected = np.shape(weights[name]), to_torch_shape(leaves[places[key].path].shape, places[key].operation)
-        if shape != expected:
-            problems.append(f"weight {name!r} has shape {shape}; the config asks for {expected}")
-    if problems:
-        raise RefusedError(problems)
-    for key, (path, operation) in places.items():
-        array = to_flax_layout(np.asarray(weights[given[key]]), operation)
+    for name, (path, operation) in places.items():
+        array = to_flax_layout(np.asarray(weights[name]), operation)
         # order="C" copies transposed views: the device buffer must not depend on the file that was mapped.
         leaves[path] = leaves[path].replace(jnp.asarray(np.array(array, dtype=leaves[path].dtype, order="C")))
     return nnx.merge(graphdef, nnx.from_flat_state(list(leaves.items())))
@@ -152,6 +162,18 @@ def export_weights(model: nnx.Module, prefix: str = "") -> dict[str, np.ndarray]
         prefix + key: pack(to_torch_layout(np.asarray(leaves[path][...]), operation))
         for key, (path, operation) in map_weights(model).items()
     }
+
+
+def place_weights(model: ModelT, places: Mapping[str, WeightPlace], weights: Mapping[str, Any]) -> ModelT:
+    """Return the model holding `weights`, names as in `places` (`match_names`), in PyTorch layout; traceable.
+
+    They are cast to the dtypes of the model's own arrays.
+    """
+    graphdef, state = nnx.split(model)
+    leaves = dict(nnx.to_flat_state(state))
+    for name, (path, operation) in places.items():
+        leaves[path] = leaves[path].replace(to_flax_layout(weights[name], operation).astype(leaves[path].dtype))
+    return nnx.merge(graphdef, nnx.from_flat_state(list(leaves.items())))
 
 
 def extract_parameters(model: nnx.Module) -> dict:
