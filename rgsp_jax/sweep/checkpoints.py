@@ -112,9 +112,9 @@ class SharedStages:
         """The decompositions of an item's matrices, made where one of them is missing."""
         keys = [(setting, piece.name, piece.start) for piece in item.pieces]
         if all(key in self.parts for key in keys):
-            return self.stack_slots(item, setting, [self.parts.get(key) for key in keys])
+            return self.stack_slots(item, ("parts", setting), [self.parts.get(key) for key in keys])
         parts = compile_prepare(*setting, with_base)(weights)
-        leaves, self.structures[setting] = jax.tree.flatten(jax.device_get(parts))
+        leaves, self.structures["parts", setting] = jax.tree.flatten(jax.device_get(parts))
         for key, piece in zip(keys, item.pieces, strict=True):
             self.parts.put(key, [x[piece.slot] for x in leaves])
         return parts
@@ -125,9 +125,9 @@ class SharedStages:
         keys = [(piece.name, piece.start) for piece in item.pieces]
         found = [self.solutions.get(key, (None, [])) for key in keys]
         if all(solved == setting for solved, _ in found):
-            return self.stack_slots(item, (method, cut.solve[0]), [rows for _, rows in found])
+            return self.stack_slots(item, ("solution", method, cut.solve[0]), [rows for _, rows in found])
         solution = compile_solve(method, cut.solve[0])(parts, cut.solve[1])
-        leaves, self.structures[method, cut.solve[0]] = jax.tree.flatten(jax.device_get(solution))
+        leaves, self.structures["solution", method, cut.solve[0]] = jax.tree.flatten(jax.device_get(solution))
         for key, piece in zip(keys, item.pieces, strict=True):
             self.solved_bytes -= count_bytes(self.solutions.pop(key, (None, []))[1])
             rows = [np.array(x[piece.slot]) for x in leaves]

@@ -15,6 +15,7 @@ from rgsp_jax.sweep.results import (
     finite,
     list_hyperparameters,
     list_metrics,
+    written_whole,
 )
 from rgsp_jax.version import __version__
 
@@ -33,7 +34,8 @@ def write_page(
 ) -> Path:
     """Write the page; its path."""
     page = out / PAGE
-    page.write_text(render_page(results, config, directions, kind), encoding="utf-8")
+    with written_whole(page) as fresh:
+        fresh.write_text(render_page(results, config, directions, kind), encoding="utf-8")
     return page
 
 

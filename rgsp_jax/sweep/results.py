@@ -4,7 +4,8 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -85,9 +86,8 @@ def check_stamp(out: Path, stamp: Mapping[str, Any]) -> None:
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    fresh = out / f".{STAMP}.{os.getpid()}"
-    fresh.write_text(json.dumps(dict(stamp), indent=2) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    with written_whole(path) as fresh:
+        fresh.write_text(json.dumps(dict(stamp), indent=2) + "\n", encoding="utf-8")
 
 
 def read_results(out: Path) -> list[Result]:
@@ -106,9 +106,8 @@ def read_results(out: Path) -> list[Result]:
 
 def rewrite_results(out: Path, results: Iterable[Result]) -> None:
     """The file with these results and nothing else, whole or as it was."""
-    fresh = out / f".{RECORDS}.writing"
-    fresh.write_text("".join(to_line(result) for result in results), encoding="utf-8")
-    fresh.replace(out / RECORDS)
+    with written_whole(out / RECORDS) as fresh:
+        fresh.write_text("".join(to_line(result) for result in results), encoding="utf-8")
 
 
 def append_result(out: Path, result: Result) -> None:
@@ -152,8 +151,7 @@ def as_cell(value: Any) -> Any:
 def write_tables(results: Sequence[Result], out: Path) -> list[Path]:
     """results.csv, and results.parquet where pyarrow is installed; their paths."""
     table = tabulate(results)
-    written = [out / "results.csv"]
-    with written[0].open("w", newline="", encoding="utf-8") as file:
+    with written_whole(out / "results.csv") as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(table)
         rows.writerows(zip(*table.values(), strict=True))
@@ -161,10 +159,22 @@ def write_tables(results: Sequence[Result], out: Path) -> list[Path]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        return written
+        return [out / "results.csv"]
     columns = {name: pyarrow.array(one_type(values)) for name, values in table.items()}
-    parquet.write_table(pyarrow.table(columns), out / "results.parquet")
-    return [*written, out / "results.parquet"]
+    with written_whole(out / "results.parquet") as fresh:
+        parquet.write_table(pyarrow.table(columns), fresh)
+    return [out / "results.csv", out / "results.parquet"]
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write to that takes the place of `path` at the end, whoever else writes it."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield fresh
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def one_type(values: Sequence[Any]) -> list[Any]:

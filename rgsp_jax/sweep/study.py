@@ -6,8 +6,10 @@ import math
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,27 +93,63 @@ def run_study(
         raise RefusedError(problems)
     facts = {"config": config.to_yaml(), "kind": "study", "objectives": directions, **(stamp or {})}
     check_stamp(out, facts)
-    study = open_study(config, out, sampler, directions, storage, name, heartbeat, facts)
-    if sampler == "grid":
-        trials = min(trials, math.prod(len(values) for values in list_choices(config).values()))
-    with sharing(ranks_of_space(config), out, config.memory) as stages:
-
-        def objective(trial: Any) -> list[float]:
-            if rank_trial(study, trial.number) >= trials:
-                trial.set_user_attr("surplus", True)
-                raise Surplus
-            point = choose_point(config, trial)
-            result = find_scored(study, point) or score_point(config, point, evaluate, out, stages, keep=keep)
-            return report_trial(trial, result, directions, out)
-
-        while wait_for_turn(study, trials, heartbeat):
-            study.optimize(objective, n_trials=1, catch=(Surplus, Unscored))
-            if on_result and (last := find_own(study, out)):
-                on_result(last, trials)
+    with without_remarks():
+        study = open_study(config, out, sampler, directions, storage, name, heartbeat, facts)
+        if sampler == "grid":
+            trials = min(trials, math.prod(len(values) for values in list_choices(config).values()))
+        run_worker(study, config, out, evaluate, trials, directions, heartbeat, keep=keep, on_result=on_result)
     results = collect_results(study)
     write_tables(results, out)
     write_page(results, out, config, directions, kind="Study")
     return results
+
+
+def run_worker(
+    study: Any,
+    config: SweepConfig,
+    out: Path,
+    evaluate: Evaluate,
+    trials: int,
+    directions: Mapping[str, Direction],
+    heartbeat: int,
+    *,
+    keep: bool,
+    on_result: OnResult | None,
+) -> None:
+    """Do trials until all workers together have done them all."""
+    with sharing(ranks_of_space(config), out, config.memory) as stages:
+
+        def objective(trial: Any) -> list[float]:
+            if rank_trial(study, trial.number) >= trials:
+                raise Surplus
+            point = choose_point(config, trial)
+            result = find_scored(study, point) or score_point(config, point, evaluate, out, stages, keep=keep)
+            result = judge(result, directions)
+            trial.set_user_attr("result", finite(vars(result)))
+            append_result(out, result)
+            if on_result:
+                on_result(result, trials)
+            if result.problem:
+                raise Unscored
+            return [float(value) for name in directions if (value := result.metrics[name]) is not None]
+
+        while wait_for_turn(study, trials, heartbeat):
+            study.optimize(objective, n_trials=1, catch=(Surplus, Unscored))
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Keep Optuna's remarks on its experimental parts, and on every trial, from the terminal."""
+    import optuna
+
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
 
 
 def find_study_problems(
@@ -164,7 +202,6 @@ def open_study(
     import optuna
     import sqlalchemy
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
     try:
@@ -255,27 +292,25 @@ def choose_point(config: SweepConfig, trial: Any) -> Point:
     return Point(trial.number, chosen, config.fixed_for(method) | swept)
 
 
-def report_trial(trial: Any, result: Result, directions: Mapping[str, Direction], out: Path) -> list[float]:
-    """Note the result with its trial and in the file; its objectives."""
-    missing = [name for name in directions if name not in result.metrics]
-    if missing and not result.problem:
-        known = ", ".join(result.metrics)
-        raise RefusedError(f"the score has no {', '.join(missing)}: there is {known}; name objectives by --maximise")
-    values = [result.metrics.get(name) for name in directions]
-    if not result.problem and None in values:
-        result = Result(**{**vars(result), "problem": "its score is not finite"})
-    trial.set_user_attr("result", finite(vars(result)))
-    append_result(out, result)
+def judge(result: Result, directions: Mapping[str, Direction]) -> Result:
+    """The result, with a problem where an objective is not finite; RefusedError where one is not among its scores."""
     if result.problem:
-        raise Unscored(result.problem)
-    return [float(value) for value in values if value is not None]
+        return result
+    if missing := [name for name in directions if name not in result.metrics]:
+        raise RefusedError(
+            f"the score has no {', '.join(missing)}; it has {', '.join(result.metrics)}: name the objectives with"
+            " --maximise and --minimise"
+        )
+    if lost := [name for name in directions if result.metrics[name] is None]:
+        return replace(result, problem=f"{', '.join(lost)} is not finite")
+    return result
 
 
 def find_scored(study: Any, point: Point) -> Result | None:
     """The result of an earlier trial of the same setting, under this trial's number."""
     for result in collect_results(study):
         if Point(0, result.method, result.hyperparameters).key == point.key and not result.problem:
-            return Result(**{**vars(result), "point": point.index, "merge_seconds": 0.0, "score_seconds": 0.0})
+            return replace(result, point=point.index, merge_seconds=0.0, score_seconds=0.0)
     return None
 
 
@@ -289,13 +324,6 @@ def collect_results(study: Any) -> list[Result]:
 def is_over(trial: Any) -> bool:
     """True for trials that have a result: a score, or the reason why there is none."""
     return trial.state.is_finished() and "result" in trial.user_attrs
-
-
-def find_own(study: Any, out: Path) -> Result | None:
-    """The result of the trial that has ended last."""
-    over = [trial for trial in study.get_trials(deepcopy=False) if is_over(trial)]
-    last = max(over, key=lambda trial: trial.datetime_complete, default=None)
-    return Result(**last.user_attrs["result"]) if last else None
 
 
 def count_live(trials: Sequence[Any]) -> tuple[int, int]:
