@@ -36,8 +36,8 @@ Evaluate = Callable[[Any], "float | Metrics"]
 """`evaluate(model)`, a directory or a tree, to one score or several by name."""
 OnResult = Callable[[Result, int], None]
 """`on_result(point just scored, points in all)`."""
-SCORE = "score"
-"""Name of a score that has none."""
+MODELS, SCORE = "models", "score"
+"""Folder of the merges; name of a score that has none."""
 
 
 def run_sweep(
@@ -94,6 +94,8 @@ def run_sweep(
             done[result.point] = result
             if on_result:
                 on_result(result, len(points))
+        if not keep:
+            shutil.rmtree(out / MODELS, ignore_errors=True)  # what a run that was killed left
         results = [done[p.index] for p in points]
         write_tables(results, out)
         write_page(results, out, config, directions)
@@ -167,7 +169,7 @@ def score_point(
     config: SweepConfig, point: Point, evaluate: Evaluate, out: Path, stages: SharedStages, *, keep: bool
 ) -> Result:
     """Merge one point into a checkpoint, score it, and remove it again."""
-    model = out / "models" / f"point-{point.index:05d}"
+    model = out / MODELS / f"point-{point.index:05d}"
     model.parent.mkdir(parents=True, exist_ok=True)
     for left in (model, name_workshop(model)):
         shutil.rmtree(left, ignore_errors=True)
@@ -182,7 +184,6 @@ def score_point(
     finally:
         if not keep:
             shutil.rmtree(model, ignore_errors=True)
-            remove_empty(model.parent)
     scored = time.monotonic()
     return Result(
         point.index, point.method, point.hyperparameters, metrics, done - started, scored - done, merged.flag_counts
@@ -193,14 +194,6 @@ def merge_one(config: SweepConfig, point: Point, model: Path, stages: SharedStag
     """The merge of one point; only one that is kept is described."""
     merge_config = config.merge_config(point.method, point.hyperparameters)
     return merge_checkpoints(merge_config, model, compute=stages.compute, overview=keep)
-
-
-def remove_empty(directory: Path) -> None:
-    """Remove a directory in which nothing is left."""
-    try:
-        directory.rmdir()
-    except OSError:
-        return
 
 
 def name_metrics(found: "float | Metrics") -> dict[str, float | None]:
@@ -229,7 +222,9 @@ def score_by_command(command: str, metrics: Sequence[str] = ()) -> Evaluate:
         line = (done.stdout.strip().splitlines() or [""])[-1]
         found = read_scores(line, metrics)
         if found is None:
-            wanted = f"{len(metrics)} numbers ({', '.join(metrics)})" if metrics else "one number"
+            wanted = (
+                f"{len(metrics)} number{'s'[: len(metrics) > 1]} ({', '.join(metrics)})" if metrics else "one number"
+            )
             raise RefusedError(
                 f"--score printed {line!r} for {model}; the last line must be {wanted}, or a JSON object of named"
                 " numbers; --metrics names several"

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import time
 import uuid
 import warnings
@@ -25,7 +26,7 @@ from rgsp_jax.sweep.results import (
     finite,
     write_tables,
 )
-from rgsp_jax.sweep.run import SCORE, Evaluate, OnResult, find_problems, score_point, sharing
+from rgsp_jax.sweep.run import MODELS, SCORE, Evaluate, OnResult, find_problems, score_point, sharing
 from rgsp_jax.sweep.staging import ranks_of_space
 
 SAMPLERS = ("tpe", "cmaes", "nsga2", "random", "grid")
@@ -98,6 +99,8 @@ def run_study(
         if sampler == "grid":
             trials = min(trials, math.prod(len(values) for values in list_choices(config).values()))
         run_worker(study, config, out, evaluate, trials, directions, heartbeat, keep=keep, on_result=on_result)
+    if not keep:
+        shutil.rmtree(out / MODELS, ignore_errors=True)  # what a worker that was killed left
     results = collect_results(study)
     write_tables(results, out)
     write_page(results, out, config, directions, kind="Study")
