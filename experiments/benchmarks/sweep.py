@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 SHAPES = ((384, 384), (1536, 384), (384, 1536))
 LAYERS = 4
 """Of each shape."""
-RANKS = (1, 4, 8, 16, 24, 32, 48, 64)
+RANKS = (4, 8, 12, 16, 24, 32, 48, 64)
 BETAS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 TARGET = 1.5
 
