@@ -9,3 +9,7 @@ class RefusedError(ValueError):
     def __init__(self, problems: str | Iterable[str]):
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class NotFiniteError(RefusedError):
+    """Refused because the merge, whose models are sound, holds an infinity or a NaN: other settings may not."""

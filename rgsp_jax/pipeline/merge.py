@@ -27,7 +27,7 @@ from rgsp_jax.checkpoint import (
     plan_shards,
     publish,
 )
-from rgsp_jax.errors import RefusedError
+from rgsp_jax.errors import NotFiniteError, RefusedError
 from rgsp_jax.pipeline.audit import audit, read_piece
 from rgsp_jax.pipeline.config import MergeConfig
 from rgsp_jax.pipeline.execute import Compute, execute
@@ -258,9 +258,10 @@ def run(
 
 def refuse_non_finite(preparation: Preparation, pieces: Pieces) -> None:
     """Refuse inputs, and merges, that hold an infinity or a NaN; all of them at once."""
-    bad = find_bad_inputs(preparation.plan, pieces, preparation.labels)
-    if problems := bad or find_bad_outputs(preparation.plan, pieces):
+    if problems := find_bad_inputs(preparation.plan, pieces, preparation.labels):
         raise RefusedError(problems)
+    if problems := find_bad_outputs(preparation.plan, pieces):
+        raise NotFiniteError(problems)
 
 
 def as_orbax(directory: Path, parent: Checkpoint, digests: Mapping[str, str]) -> tuple[Path, dict[str, str]]:

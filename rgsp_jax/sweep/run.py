@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rgsp_jax.errors import RefusedError
+from rgsp_jax.errors import NotFiniteError, RefusedError
 from rgsp_jax.pipeline import merge_checkpoints, prepare
 from rgsp_jax.pipeline.merge import MergeResult, lock, name_workshop
 from rgsp_jax.registry import methods
@@ -71,9 +71,11 @@ def run_sweep(
     Returns:
         The results in the config's order.
 
+    A point whose merge holds an infinity or a NaN is a result with a `problem` and no score.
+
     Raises:
         RefusedError: what the user can mend, all of it at once, before anything is merged; another sweep's results in
-            `out`. What `evaluate` raises passes through; what was scored before is kept.
+            `out`; a full disk. What `evaluate` raises passes through; what was scored before is kept.
     """
     out, directions = Path(out), directions or {}
     points = config.plan_points() if not (problems := config.problems()) else []
@@ -176,7 +178,7 @@ def score_point(
     started = time.monotonic()
     try:
         merged = merge_one(config, point, model, stages, keep=keep)
-    except RefusedError as error:
+    except NotFiniteError as error:  # at this point alone; everything else is the user's to mend
         return Result(point.index, point.method, point.hyperparameters, problem="; ".join(error.problems))
     done = time.monotonic()
     try:
