@@ -17,7 +17,7 @@ from rgsp_jax.method import Method
 from rgsp_jax.registry import methods
 from rgsp_jax.rules import Layout
 from rgsp_jax.sweep.grid import Point, SweepConfig
-from rgsp_jax.sweep.staging import Cut, Static, Traced, cast, cut_setting, largest_ranks, pick, split
+from rgsp_jax.sweep.staging import Cut, Ranks, Static, Traced, cast, cut_setting, largest_ranks, pick, split
 from rgsp_jax.trees import (
     LeafGroup,
     SortedLeaves,
@@ -127,6 +127,37 @@ def merge_points(
                         )
                     ]
                     yield points[i], join_point(method, leaves, points[i], blocks, outputs, kept)
+
+
+class TreeMerger:
+    """Merges the same trees with one setting after another, as a study asks for them; decompositions are kept.
+
+    Arguments are those of `sweep_merge`; `ranks` are all that may be asked for, by method.
+    """
+
+    def __init__(self, trees: Sequence[PyTree], ranks: Ranks, **beside: Any):
+        self.trees, self.ranks, self.beside = trees, ranks, beside
+        self.known: dict[str, tuple[SortedLeaves, list[Block]]] = {}
+        self.parts: dict[Any, Any] = {}
+        self.kept: dict[str, dict[str, Sequence[Array | None]]] = {}
+
+    def merge(self, point: Point) -> PyTree:
+        """The merged tree of one setting; ValueError as in `rgsp_jax.merge`."""
+        method = methods[point.method]
+        if point.method not in self.known:
+            leaves = sort_leaves(self.trees, method, point.hyperparameters, **self.beside)
+            self.known[point.method] = leaves, [Block(group, *stack_group(group, leaves)) for group in leaves.groups]
+        leaves, blocks = self.known[point.method]
+        outputs = []
+        for b, block in enumerate(blocks):
+            cut = cut_point(method, point, self.ranks.get(point.method, ()), block)
+            key = point.method, b, cut.prepare
+            if key not in self.parts:
+                self.parts[key] = compile_prepare(method, cut.prepare)(block.stacks, block.beside)
+            solve, build = compile_solve(method, cut.solve[0]), compile_build(method, cut.build[0])
+            solution = solve(block.stacks, block.beside, self.parts[key], stack_settings([cut.solve[1]]))
+            outputs.append(build(block.stacks, block.beside, self.parts[key], solution, 0, cut.build[1]))
+        return join_point(method, leaves, point, blocks, outputs, self.kept.setdefault(point.method, {}))
 
 
 def join_point(

@@ -17,6 +17,7 @@ from typing import Any
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.registry import methods
 from rgsp_jax.sweep.grid import Point, Range, SweepConfig, is_whole, list_corners, list_values
+from rgsp_jax.sweep.merging import TreeMerger
 from rgsp_jax.sweep.page import write_page
 from rgsp_jax.sweep.results import (
     Direction,
@@ -26,7 +27,7 @@ from rgsp_jax.sweep.results import (
     finite,
     write_tables,
 )
-from rgsp_jax.sweep.run import MODELS, SCORE, Evaluate, OnResult, find_problems, score_point, sharing
+from rgsp_jax.sweep.run import MODELS, SCORE, Evaluate, OnResult, find_problems, name_metrics, score_point, sharing
 from rgsp_jax.sweep.staging import ranks_of_space
 
 SAMPLERS = ("tpe", "cmaes", "nsga2", "random", "grid")
@@ -49,6 +50,8 @@ def run_study(
     evaluate: Evaluate,
     trials: int,
     *,
+    trees: Sequence[Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
     sampler: str = "tpe",
     directions: Mapping[str, Direction] | None = None,
     storage: str | None = None,
@@ -68,8 +71,9 @@ def run_study(
     Args:
         config: `axes` are the space: ranges, and lists of choices.
         out: directory for results; made if it is not there.
-        evaluate: called with the directory of every merge, which is removed again.
+        evaluate: called with the directory of every merge, which is removed again; or with the merged tree.
         trials: of all workers together.
+        trees, beside: models in place of the config's checkpoints, see `run_sweep`.
         sampler: "tpe", "cmaes", "nsga2", "random", or "grid" (ranges with a count).
         directions: objective -> "maximise" or "minimise"; several make a study of their trade-off. Empty: the one
             score, maximised.
@@ -88,7 +92,7 @@ def run_study(
     """
     out, directions = Path(out), dict(directions or {SCORE: "maximise"})
     problems = find_study_problems(config, trials, sampler, directions)
-    if not problems:
+    if not problems and trees is None:
         problems = find_problems(config, list_extremes(config))
     if problems:
         raise RefusedError(problems)
@@ -98,7 +102,8 @@ def run_study(
         study = open_study(config, out, sampler, directions, storage, name, heartbeat, facts)
         if sampler == "grid":
             trials = min(trials, math.prod(len(values) for values in list_choices(config).values()))
-        run_worker(study, config, out, evaluate, trials, directions, heartbeat, keep=keep, on_result=on_result)
+        with open_scorer(config, out, evaluate, trees, beside or {}, keep=keep) as scorer:
+            run_worker(study, config, out, scorer, trials, directions, heartbeat, on_result)
     if not keep:
         shutil.rmtree(out / MODELS, ignore_errors=True)  # what a worker that was killed left
     results = collect_results(study)
@@ -107,37 +112,62 @@ def run_study(
     return results
 
 
+@contextmanager
+def open_scorer(
+    config: SweepConfig,
+    out: Path,
+    evaluate: Evaluate,
+    trees: Sequence[Any] | None,
+    beside: Mapping[str, Any],
+    *,
+    keep: bool,
+) -> Iterator[Callable[[Point], Result]]:
+    """What merges and scores one point."""
+    ranks = ranks_of_space(config)
+    if trees is None:
+        with sharing(ranks, out, config.memory) as stages:
+            yield lambda point: score_point(config, point, evaluate, out, stages, keep=keep)
+        return
+    merger = TreeMerger(trees, ranks, **beside)
+
+    def score_tree(point: Point) -> Result:
+        started = time.monotonic()
+        tree = merger.merge(point)
+        merged = time.monotonic()
+        metrics = name_metrics(evaluate(tree))
+        times = merged - started, time.monotonic() - merged
+        return Result(point.index, point.method, point.hyperparameters, metrics, *times)
+
+    yield score_tree
+
+
 def run_worker(
     study: Any,
     config: SweepConfig,
     out: Path,
-    evaluate: Evaluate,
+    scorer: Callable[[Point], Result],
     trials: int,
     directions: Mapping[str, Direction],
     heartbeat: int,
-    *,
-    keep: bool,
     on_result: OnResult | None,
 ) -> None:
     """Do trials until all workers together have done them all."""
-    with sharing(ranks_of_space(config), out, config.memory) as stages:
 
-        def objective(trial: Any) -> list[float]:
-            if rank_trial(study, trial.number) >= trials:
-                raise Surplus
-            point = choose_point(config, trial)
-            result = find_scored(study, point) or score_point(config, point, evaluate, out, stages, keep=keep)
-            result = judge(result, directions)
-            trial.set_user_attr("result", finite(vars(result)))
-            append_result(out, result)
-            if on_result:
-                on_result(result, trials)
-            if result.problem:
-                raise Unscored
-            return [float(value) for name in directions if (value := result.metrics[name]) is not None]
+    def objective(trial: Any) -> list[float]:
+        if rank_trial(study, trial.number) >= trials:
+            raise Surplus
+        point = choose_point(config, trial)
+        result = judge(find_scored(study, point) or scorer(point), directions)
+        trial.set_user_attr("result", finite(vars(result)))
+        append_result(out, result)
+        if on_result:
+            on_result(result, trials)
+        if result.problem:
+            raise Unscored
+        return [float(value) for name in directions if (value := result.metrics[name]) is not None]
 
-        while wait_for_turn(study, trials, heartbeat):
-            study.optimize(objective, n_trials=1, catch=(Surplus, Unscored))
+    while wait_for_turn(study, trials, heartbeat):
+        study.optimize(objective, n_trials=1, catch=(Surplus, Unscored))
 
 
 @contextmanager

@@ -186,6 +186,15 @@ def test_a_point_that_cannot_be_merged_is_told_and_the_others_go_on(place):
     assert "1 points without a score" in (place / "out" / "sweep.html").read_text()
 
 
+def test_models_that_are_not_sound_stop_the_sweep(place):
+    family = toy_family(2)
+    family[1]["logit_scale"] = np.float32(np.nan).reshape(())
+    write_family(place, family)
+    with pytest.raises(RefusedError, match="logit_scale"):
+        run_sweep(config(place, method="slerp", axes={"t": [0.2, 0.4]}), place / "out", read_score)
+    assert (place / "out" / "results.jsonl").read_text() == ""
+
+
 def test_trees_are_scored_in_memory(place):
     trees = [{"dense": {"kernel": jnp.asarray(x["encoder.layer.0.attention.self.query.weight"])}} for x in
              map(read_model, (place / k for k in "abc"))]  # fmt: skip

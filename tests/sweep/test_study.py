@@ -6,11 +6,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import optuna
 import pytest
 
 from pipeline.toy_models import toy_family, write_family
+from rgsp_jax import merge
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.sweep import parse_sweep, read_results, run_study
 from sweep import worker
@@ -92,6 +94,24 @@ def test_a_study_goes_on_and_scores_no_setting_twice(place):
         run_study(chosen, place / "third", count, 8, directions={"what": "maximise"})
     results = run_study(chosen, place / "fourth", count, 2, directions={"lost": "maximise"})
     assert all(r.problem == "lost is not finite" for r in results) and len(results) == 2
+
+
+def test_trees_are_merged_in_memory_with_decompositions_kept(place):
+    rng = np.random.default_rng(0)
+    trees = [{"dense": {"kernel": jnp.asarray(rng.normal(size=(6, 5)))}} for _ in range(3)]
+    space = {"rank": {"low": 1, "high": 4}, "scale": {"low": 0.5, "high": 2.0}}
+    chosen = parse_sweep({"models": ["a", "b", "c"], "method": "relative", "axes": space}, study=True)
+    seen = []
+
+    def evaluate(tree):
+        seen.append(tree["dense"]["kernel"])
+        return float(jnp.abs(seen[-1]).sum())
+
+    results = run_study(chosen, place / "out", evaluate, 4, trees=trees)
+    last = results[-1]
+    expected, _ = merge(trees, "relative", **last.hyperparameters)
+    np.testing.assert_allclose(seen[-1], expected["dense"]["kernel"], atol=1e-9)
+    assert len(seen) == 4 and all(1 <= r.hyperparameters["rank"] <= 4 for r in results)
 
 
 @pytest.mark.parametrize(
