@@ -131,6 +131,15 @@ def show(title: str, found: dict[str, dict[str, float]]) -> None:
     print("  of one merge:    " + ", ".join(f"{name} {value:g}" for name, value in found["ratio_to_merge"].items()))
 
 
+def write_headline(ratios: dict[str, float]) -> str:
+    """The result in a sentence."""
+    return (
+        f"{len(RANKS) * len(BETAS)} (rank, beta) points of rgsp cost {ratios['decompositions and solutions']:g} merges up to"
+        f" their solutions ({ratios['solutions']:g} behind the decompositions), {ratios['everything']:g} with every matrix"
+        " built."
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="64 points of a sweep against one merge.")
     parser.add_argument("--rounds", type=int, default=7, help="alternating rounds")
@@ -152,6 +161,8 @@ def main() -> int:
     show(f"all {sum(SHAPES.values())}, {len(RANKS) * len(BETAS)} points up to rank {max(RANKS)}", total)
     missed = total["ratio_to_merge"]["decompositions and solutions"] > TARGET
     report = {
+        "command": "python -m experiments.benchmarks.sweep",
+        "headline": write_headline(total["ratio_to_merge"]),
         "machine": describe_machine(arguments.cores),
         "points": len(RANKS) * len(BETAS),
         "rounds": arguments.rounds,

@@ -58,6 +58,7 @@ def test_points_of_every_shape_and_setting_are_their_merges(dtype, bound):
     assert_points_are_merges(make_trees(3, dtype, shapes=WITH_CONVOLUTION), points, bound)
 
 
+@pytest.mark.slow
 def test_points_of_three_models_are_their_merges():
     points = [{"method": "relative", "rank": r, "scale": s} for r, s in ((1, "auto"), (0.5, 0.5))]
     weighted = [
