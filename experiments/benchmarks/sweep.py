@@ -133,10 +133,10 @@ def show(title: str, found: dict[str, dict[str, float]]) -> None:
 
 def write_headline(ratios: dict[str, float]) -> str:
     """The result in a sentence."""
+    whole, behind, built = (ratios[n] for n in ("decompositions and solutions", "solutions", "everything"))
     return (
-        f"{len(RANKS) * len(BETAS)} (rank, beta) points of rgsp cost {ratios['decompositions and solutions']:g} merges up to"
-        f" their solutions ({ratios['solutions']:g} behind the decompositions), {ratios['everything']:g} with every matrix"
-        " built."
+        f"{len(RANKS) * len(BETAS)} (rank, beta) points of rgsp cost {whole:g} merges up to their solutions ({behind:g}"
+        f" behind the decompositions), {built:g} with every matrix built."
     )
 
 
