@@ -1,5 +1,6 @@
 """What of a method can be learned, where that starts, and the unconstrained values that an optimiser moves."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ def constrain(method: Method, name: str, value: Array) -> Array:
     if name not in method.hyperparameters or not is_positive(method, name):
         return value
     high = method.hyperparameters[name].high
-    return jnp.minimum(jnp.exp(value), high) if jnp.isfinite(high) else jnp.exp(value)
+    return jnp.minimum(jnp.exp(value), high) if math.isfinite(high) else jnp.exp(value)
 
 
 def unconstrain(method: Method, name: str, value: Array) -> Array:

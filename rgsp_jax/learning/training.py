@@ -45,7 +45,8 @@ def make_step(loss: Loss, optimiser: optax.GradientTransformation, *, has_aux: b
         value, gradient = jax.value_and_grad(loss, has_aux=has_aux)(state.parameters, *data)
         leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves((value[0] if has_aux else value, gradient))]
         finite = jnp.stack(leaves).all()
-        updates, inner = optimiser.update(gradient, state.optimiser, state.parameters)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes on purpose
+            updates, inner = optimiser.update(gradient, state.optimiser, state.parameters)
         new, old = (optax.apply_updates(state.parameters, updates), inner), (state.parameters, state.optimiser)
         kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
         return LearningState(state.step + 1, *kept), value

@@ -180,8 +180,8 @@ class MergeConfig(BaseModel):
         return yaml.dump(full, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-ARRAYS = frozenset({"coefficients", "w_q", "w_k"})
-"""Hyperparameters that are arrays where the methods are called as functions."""
+SQUARES = frozenset({"w_q", "w_k"})
+"""Hyperparameters that are square matrices, which learning finds."""
 PER_MODEL = frozenset({"directions", "rest"})
 """Hyperparameters that are a number, or one or several for each model."""
 
@@ -198,8 +198,12 @@ def value_problem(name: str, value: Any, count: int, with_base: bool) -> str | N
         return f"coefficients {list(value)} sum to zero: there is no such average"
     if name in PER_MODEL and isinstance(value, (list, tuple)):
         return find_shape_problem(name, value, count)
-    if name in ARRAYS and value is not None:
-        return f"{name} is for callers of the library: leave it out here"
+    if name in SQUARES and value is not None:
+        rows = value if isinstance(value, (list, tuple)) else ()
+        square = rows and all(isinstance(row, (list, tuple)) and len(row) == len(rows) for row in rows)
+        if square and all(is_number(x) for row in rows for x in row):
+            return None
+        return f"{name} must be a square list of lists of numbers, rank by rank"
     if value is None or isinstance(value, (bool, int, float, str)):
         return None
     return f"{name} must be one number or word, not {value!r}"

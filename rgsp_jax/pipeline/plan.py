@@ -13,7 +13,7 @@ import numpy as np
 from rgsp_jax.checkpoint import TensorSpec, format_bytes
 from rgsp_jax.linalg import resolve_rank
 from rgsp_jax.method import Method
-from rgsp_jax.pipeline.config import MergeConfig, matcher
+from rgsp_jax.pipeline.config import SQUARES, MergeConfig, matcher
 from rgsp_jax.registry import methods
 from rgsp_jax.rules import MatrixView, classify, flatten_view
 
@@ -443,7 +443,10 @@ def find_hyperparameter_problems(tasks: Any) -> list[str]:
         if task.action != "matrices" or "rank" not in task.hyperparameters or task.view is None:
             continue
         try:
-            rank_of(task.method, task.hyperparameters, *task.view.matrices[1:])
+            rank = rank_of(task.method, task.hyperparameters, *task.view.matrices[1:])
         except ValueError as error:
             problems.append(f"{task.name}: {error}")
+            continue
+        sizes = {name: len(task.hyperparameters[name]) for name in SQUARES if task.hyperparameters.get(name)}
+        problems += [f"{task.name}: {k} is {n} x {n}, its rank is {rank}" for k, n in sizes.items() if n != rank]
     return problems[:1]

@@ -131,11 +131,11 @@ def measure_agreement(
     if merged.logits is None:
         return zero, zero
     where = where_logits(merged.logits, batch)
-    answers = merged.logits.argmax(-1)
+    answers = merged.logits.argmax(-1).astype(jnp.int32)
     if labelled and answers.ndim == 1:
-        right = answers == batch.labels
+        right = answers == batch.labels.astype(jnp.int32)
     elif teacher is not None and teacher.logits is not None:
-        right = answers == teacher.logits.argmax(-1)
+        right = answers == teacher.logits.argmax(-1).astype(jnp.int32)
     else:
         return zero, zero
     return jnp.sum(right & where).astype(jnp.float32), jnp.sum(where).astype(jnp.float32)

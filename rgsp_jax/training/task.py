@@ -106,7 +106,7 @@ def open_tasks(
 
 
 def pad_heads(tasks: Sequence[Task]) -> list[Task]:
-    """The same with heads of equally many classes, so that one compiled step serves them; new classes are never said."""
+    """The same with heads of equally many classes, for one compiled step; those added are never said."""
     classes = max((task.head["bias"].shape[0] for task in tasks if task.head is not None), default=0)
 
     def pad(head: dict[str, Array]) -> dict[str, Array]:

@@ -9,6 +9,7 @@ import pytest
 from references import directional_derivative
 from rgsp_jax import learning, merge
 from rgsp_jax.rgsp.relative import relative_parts
+from rgsp_jax.types import InputStatistics
 
 RANK = 3
 
@@ -127,6 +128,93 @@ def test_gradients_in_every_coefficient_and_through_the_decomposition():
     np.testing.assert_allclose(jnp.vdot(jax.grad(of_weights)(stack), direction), expected, rtol=1e-5)
 
 
+def make_pair(case="apart"):
+    """Two models of square matrices, or a pair at which the mathematics degenerates."""
+    rng = np.random.default_rng(4)
+    base = rng.normal(size=(2, 6, 5))
+    if case == "zero":
+        base = np.zeros_like(base)
+    if case == "one value":  # all singular values are equal
+        base = np.stack([np.linalg.qr(x)[0] for x in base])
+    if case == "rank one":
+        base = base[:, :, :1] * base[:, :1, :]
+    change = 0 if case in ("zero", "equal", "one value") else 0.3
+    trees = [base, 1.5 * base if case == "rank one" else base + change * rng.normal(size=base.shape)]
+    return [{f"layer_{i}": {"kernel": jnp.asarray(x)} for i, x in enumerate(tree)} for tree in trees]
+
+
+PAIRWISE = {
+    "rgsp": ("epsilon", "temperature", "fused_penalty", "w_q", "w_k"),
+    "dgsm": ("epsilon", "w_q", "w_k"),
+    "graft": ("ridge",),
+    "slerp": ("t",),
+}
+"""Method -> what a pair of models can learn of it (beta's derivative is zero: it cancels)."""
+
+
+def prepare_pairwise(method, trees):
+    settings = {"rank": 3, "fused_penalty": 0.2, "temperature": 0.3} if method == "rgsp" else {}
+    settings = {"rank": 3} if method == "dgsm" else settings
+    inputs = None
+    if method == "graft":
+        moments = jnp.asarray(np.cov(np.random.default_rng(6).normal(size=(6, 40))))
+        inputs = {f"layer_{i}/kernel": InputStatistics(covariance=moments[None]) for i in range(2)}
+    return learning.prepare_family(trees, method, learn=PAIRWISE[method], inputs=inputs, **settings)
+
+
+def total(family, coefficients):
+    leaves = jax.tree.leaves(learning.compose_tree(family, coefficients))
+    return sum(jnp.sum(jnp.sin(3 * leaf)) for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    ("method", "per"),
+    [("rgsp", "layer"), ("graft", "model"), pytest.param("dgsm", "model", marks=pytest.mark.slow), ("slerp", "model")],
+)
+def test_gradients_of_what_a_pair_learns(method, per):
+    """Through the map, the Gromov-Wasserstein plan and the fusion of whole models, against finite differences."""
+    family = prepare_pairwise(method, make_pair())
+    rng = np.random.default_rng(1)
+    start = jax.tree.map(
+        lambda x: x + jnp.asarray(0.05 * rng.normal(size=x.shape)), learning.start_coefficients(family, per)
+    )
+    assert {key for own in start.values() for key in own} == set(PAIRWISE[method])
+    value = jax.jit(lambda coefficients: total(family, coefficients))
+    gradient = jax.jit(jax.grad(lambda coefficients: total(family, coefficients)))(start)
+    for leaf, own in start.items():
+        for key in own:
+            direction = jnp.asarray(rng.normal(size=own[key].shape))
+
+            def along(x, leaf=leaf, key=key):
+                return value(start | {leaf: start[leaf] | {key: x}})
+
+            expected = directional_derivative(along, own[key], direction, 1e-4)
+            assert abs(expected) > 1e-9, (leaf, key)
+            np.testing.assert_allclose(jnp.vdot(gradient[leaf][key], direction), expected, rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("case", ["equal", "zero", "rank one", "one value"])
+def test_what_a_pair_learns_has_finite_gradients_where_models_degenerate(case):
+    family = prepare_pairwise("rgsp", make_pair(case))
+    start = learning.start_coefficients(family)
+    found = jax.jit(jax.value_and_grad(lambda coefficients: total(family, coefficients)))(start)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
+def test_what_cannot_be_learned_is_named():
+    with pytest.raises(ValueError, match=r"'rank', 'geometry' of 'rgsp' cannot be learned; there is beta, epsilon"):
+        learning.prepare_family(make_pair(), "rgsp", learn=("rank", "geometry"))
+    with pytest.raises(ValueError, match="temperature of 'rgsp' is None and no number"):
+        learning.prepare_family(make_pair(), "rgsp", learn=("temperature",), rank=2, temperature=None)
+
+
+def test_an_expert_of_the_family_is_the_model_itself():
+    trees = make_trees()
+    family = learning.prepare_family(trees, rank=RANK)
+    for k, tree in enumerate(trees):
+        jax.tree.map(np.testing.assert_array_equal, learning.expert_tree(family, k), tree)
+
+
 @pytest.mark.parametrize("case", ["equal", "zero", "rank one"])
 def test_degenerate_families_are_finite(case):
     tree = {"dense": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)))}}
@@ -154,6 +242,23 @@ def test_trees_that_do_not_match_are_refused():
         learning.prepare_family([first, second])
     with pytest.raises(ValueError, match="two models or more"):
         learning.prepare_family([first])
+
+
+def test_rows_that_do_not_count_do_not():
+    rng = np.random.default_rng(2)
+    logits, teacher = (jnp.asarray(x) for x in rng.normal(size=(2, 5, 4)))
+    labels, where = jnp.asarray([0, 1, 2, 3, 0]), jnp.asarray([True, True, False, True, False])
+    kept = np.flatnonzero(np.asarray(where))
+    pairs = [
+        (learning.cross_entropy(logits, labels, where), learning.cross_entropy(logits[kept], labels[kept])),
+        (learning.entropy(logits, where), learning.entropy(logits[kept])),
+        (learning.weighted_entropy(logits, where), learning.weighted_entropy(logits[kept])),
+        (learning.distillation(logits, teacher, 2.0, where), learning.distillation(logits[kept], teacher[kept], 2.0)),
+        (learning.feature_distance(logits, teacher, where), learning.feature_distance(logits[kept], teacher[kept])),
+    ]
+    for found, right in pairs:
+        np.testing.assert_allclose(found, right, rtol=1e-12)
+    assert learning.entropy(logits, jnp.zeros(5, bool)) == 0
 
 
 def test_losses_against_numpy():

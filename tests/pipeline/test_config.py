@@ -161,7 +161,7 @@ def test_bad_overrides_are_named(override, expected):
         ("rgsp", 2, {"projection": "none"}, "projection of method 'rgsp' must be 'one_sided' or 'two_sided'"),
         ("rgsp", 2, {"symmetric": 1}, "symmetric of method 'rgsp' must be true or false"),
         ("rgsp", 2, {"epsilon": 0}, "epsilon of method 'rgsp' must be a number more than 0"),
-        ("rgsp", 2, {"w_q": [[1]]}, "w_q is for callers of the library"),
+        ("rgsp", 2, {"w_q": [[1, 0], [1]]}, "w_q must be a square list of lists of numbers"),
         ("relative", 3, {"scale": "big"}, "scale of method 'relative' must be a number at least 0 or 'auto'"),
     ],
 )

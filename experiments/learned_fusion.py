@@ -1,0 +1,214 @@
+"""Fusion weights learned from a few unlabelled inputs of every task, beside merges that need none and RegMean.
+
+    python experiments/learned_fusion.py --bench BENCH --tasks trec subj mr --pair trec subj
+
+Hardware: 2 CPU cores, 6 GB. Runtime: one to two minutes for every draw, group and loss. `pip install .[experiments]`
+brings the tokenisers.
+
+`BENCH/<task>/` is as `text_encoders.py` describes it, with `train.jsonl` beside. A draw takes `--inputs` rows of every
+task's train.jsonl at random: RegMean has the covariances of these inputs, `rgsp learn` learns one coefficient per model
+and direction (`relative_weighted`, rank 5 %) by `--losses`, and only the loss cross-entropy sees their labels. Every
+merge is scored on the first `--rows` test rows with each task's own head. Differences are paired by draw; `relative`
+and the average do not depend on it.
+
+Expected on all-MiniLM-L6-v2 encoders of TREC, SUBJ and MR: experiments/results/learned_fusion.md.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tables import RESULTS, compare, describe_command, estimate, table, write_results
+from text_encoders import Scorer, Task, encode_with_flax, read_task, working_directory
+
+from rgsp_jax.activations import CovarianceSettings, collect_covariances
+from rgsp_jax.pipeline import MergeConfig, merge_checkpoints
+from rgsp_jax.training import OBJECTIVES, LearnSettings, run_learning
+
+LEARNED = dict(method="relative_weighted")
+LOSSES = ("distillation", "features", "entropy", "weighted-entropy", "cross-entropy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One merge, scored."""
+
+    group: tuple[str, ...]
+    method: str
+    draw: int | None
+    """None where the merge needs no data."""
+    accuracies: dict[str, float]
+    seconds: float
+    """Of the merge with everything it needs, covariances and learning included."""
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.accuracies.values())))
+
+
+def draw_inputs(bench: Path, task: str, count: int, draw: int, out: Path) -> Path:
+    """Write `count` random training rows of a task."""
+    lines = (bench / task / "train.jsonl").read_text().splitlines()
+    chosen = np.random.default_rng([draw, sum(map(ord, task))]).choice(len(lines), count, replace=False)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{task}.jsonl"
+    path.write_text("".join(f"{lines[i]}\n" for i in chosen))
+    return path
+
+
+def run_regmean(models: Sequence[str], data: Sequence[Path], work: Path) -> Path:
+    """RegMean with the covariances of these inputs."""
+    files = [work / f"{path.stem}.covariances.safetensors" for path in data]
+    settings = CovarianceSettings(held_back=0, backend="flax")
+    for model, path, file in zip(models, data, files, strict=True):
+        collect_covariances(model, path, file, settings)
+    out = work / "regmean"
+    merge_checkpoints(MergeConfig(models=tuple(models), method="regmean", covariances=tuple(map(str, files))), out)
+    return out
+
+
+def learn(
+    models: Sequence[str], tasks: Sequence[Task], data: Sequence[Path], loss: str, work: Path, settings: Any
+) -> Path:
+    """`rgsp learn` with one loss."""
+    out = work / loss
+    heads = tuple(str(task.model.parent / "head.safetensors") for task in tasks)
+    run_learning(
+        MergeConfig(models=tuple(models), **LEARNED),
+        LearnSettings(
+            data=tuple(map(str, data)),
+            heads=heads,
+            loss=loss,
+            label_field="label" if loss == "cross-entropy" else None,
+            max_length=48,
+            per=settings.per,
+            steps=settings.steps,
+            learning_rate=settings.learning_rate,
+        ),
+        out,
+    )
+    return out
+
+
+def run_group(group: Sequence[str], options: argparse.Namespace, scorer: Scorer, work: Path) -> Iterator[Row]:
+    """Yield every merge of one group of tasks."""
+    tasks = [scorer.tasks[name] for name in group]
+    models = [str(task.model) for task in tasks]
+    names = tuple(group)
+    for task in tasks:
+        yield Row(names, f"expert of {task.name}", None, scorer.score(task.model, names), 0.0)
+    for method in ("average", "relative"):
+        started = time.monotonic()
+        out = work / "+".join(group) / method
+        out.parent.mkdir(parents=True, exist_ok=True)
+        merge_checkpoints(MergeConfig(models=tuple(models), method=method), out)
+        yield Row(names, method, None, scorer.score(out, names), time.monotonic() - started)
+    for draw in range(options.draws):
+        place = work / "+".join(group) / f"draw-{draw}"
+        data = [draw_inputs(options.bench, name, options.inputs, draw, place) for name in group]
+        started = time.monotonic()
+        out = run_regmean(models, data, place)
+        yield Row(names, "RegMean", draw, scorer.score(out, names), time.monotonic() - started)
+        for loss in options.losses:
+            started = time.monotonic()
+            out = learn(models, tasks, data, loss, place, options)
+            yield Row(names, f"learned, {loss}", draw, scorer.score(out, names), time.monotonic() - started)
+
+
+def tabulate(rows: Sequence[Row]) -> list[str]:
+    """Return a table for every group: accuracies over the draws, paired differences, seconds."""
+    text = []
+    for group in dict.fromkeys(row.group for row in rows):
+        own = [row for row in rows if row.group == group]
+        by_method: dict[str, list[Row]] = {}
+        for row in own:
+            by_method.setdefault(row.method, []).append(row)
+        draws = sorted({row.draw for row in own if row.draw is not None})
+
+        def means(method: str, by_method: Mapping[str, list[Row]] = by_method, draws: Sequence[int] = draws) -> dict:
+            found = by_method[method]
+            return dict.fromkeys(draws, found[0].mean) if found[0].draw is None else {r.draw: r.mean for r in found}
+
+        lines = []
+        for method, found in by_method.items():
+            cells = [str(estimate([row.accuracies[name] for row in found])) for name in group]
+            differences = []
+            for peer in ("relative", "RegMean"):
+                gain = compare(means(method), means(peer)) if method != peer and draws else None
+                shown = gain is not None and not method.startswith("expert")
+                differences += [f"{gain.signed}" if shown else "", f"{gain.least:+.3f}" if shown else ""]
+            seconds = f"{np.median([row.seconds for row in found]):.0f}" if found[0].seconds else ""
+            lines.append([method, *cells, f"{np.mean([row.mean for row in found]):.4f}", *differences, seconds])
+        head = ["merge", *group, "mean", "-relative", "worst", "-RegMean", "worst", "seconds"]
+        text += ["", f"## {', '.join(group)}", "", table(head, lines)]
+    return text
+
+
+def find_headline(rows: Sequence[Row]) -> str:
+    """Return one sentence: mean accuracies of every group."""
+    parts = []
+    for group in dict.fromkeys(row.group for row in rows):
+        means: dict[str, list[float]] = {}
+        for row in rows:
+            if row.group == group and not row.method.startswith("expert"):
+                means.setdefault(row.method, []).append(row.mean)
+        parts.append(f"{'+'.join(group)}: " + ", ".join(f"{name} {np.mean(x):.4f}" for name, x in means.items()))
+    return f"Mean test accuracy: {'; '.join(parts)}."
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", type=Path, required=True, help="directory of task directories")
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--pair", nargs=2, help="two of the tasks, merged by themselves as well")
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--inputs", type=int, default=64, help="of every task (default: 64)")
+    parser.add_argument("--losses", nargs="+", choices=list(OBJECTIVES), default=list(LOSSES))
+    parser.add_argument("--rows", type=int, default=600, help="test rows of each task (default: 600)")
+    parser.add_argument("--per", default="direction")
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--learning-rate", type=float, default=0.05)
+    parser.add_argument("--work", type=Path, help="keep all merges there")
+    parser.add_argument("--out", type=Path, default=RESULTS / "learned_fusion")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Run the experiment and return its rows."""
+    options = parse_arguments(arguments)
+    tasks = [read_task(options.bench / name, options.rows) for name in options.tasks]
+    scorer = Scorer(tasks, encode_with_flax)
+    groups = [tuple(options.tasks), *([tuple(options.pair)] if options.pair else [])]
+    settings = {"tasks": options.tasks} | ({"pair": options.pair} if options.pair else {})
+    settings |= {name: getattr(options, name) for name in ("draws", "inputs", "losses", "rows", "per", "steps")}
+    settings["learning_rate"] = options.learning_rate
+    command = describe_command("learned_fusion", {"bench": "BENCH", **settings})
+    rows: list[Row] = []
+    with working_directory(options.work) as work:
+        for group in groups:
+            for row in run_group(group, options, scorer, work):
+                rows.append(row)
+                shown = "  ".join(f"{name} {x:.4f}" for name, x in row.accuracies.items())
+                where = "" if row.draw is None else f"draw {row.draw}: "
+                print(
+                    f"{'+'.join(group)}  {where}{row.method}  {shown}  mean {row.mean:.4f}  {row.seconds:.0f} s",
+                    flush=True,
+                )
+                record = {"settings": settings, "rows": [row.__dict__ | {"mean": row.mean} for row in rows]}
+                note = (
+                    f"Mean (standard error) over {options.draws} draws of {options.inputs} inputs per task; accuracy "
+                    f"on {options.rows} test rows at most. Differences are paired by draw, `worst` the smallest. "
+                    "Seconds: median, everything included, on the machine it ran on."
+                )
+                write_results(options.out, command, find_headline(rows), record, [note, *tabulate(rows)])
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(find_headline(main())))
