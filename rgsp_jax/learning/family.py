@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rgsp_jax.batching import map_batch
-from rgsp_jax.learning.parameters import constrain, find_start, list_learnable, unconstrain
+from rgsp_jax.learning.parameters import constrain, find_start, has_start, list_learnable, unconstrain
 from rgsp_jax.method import Method, compute_dtype
 from rgsp_jax.registry import methods
 from rgsp_jax.rules import Layout, MatrixView, classify
@@ -146,7 +146,7 @@ def check_learned(method: Method, learn: Sequence[str] | None, given: Mapping[st
     possible = list_learnable(method)
     averaged = (TENSORS,) if method.scope == "matrices" and method.rest == "average" else ()
     if learn is None:
-        return tuple(name for name in possible if name not in ("w_q", "w_k")) + averaged
+        return tuple(name for name in possible if has_start(method, name, given)) + averaged
     if unknown := [name for name in learn if name not in (*possible, *averaged)]:
         known = ", ".join((*possible, *averaged)) or "nothing"
         raise ValueError(f"{', '.join(map(repr, unknown))} of {method.name!r} cannot be learned; there is {known}")

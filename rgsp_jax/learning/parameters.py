@@ -47,6 +47,12 @@ def unconstrain(method: Method, name: str, value: Array) -> Array:
     return jnp.log(jnp.maximum(value, SMALLEST)) if is_positive(method, name) else value
 
 
+def has_start(method: Method, name: str, given: Mapping[str, Any]) -> bool:
+    """Whether it is a number, or numbers for each model, where it is not asked for by name."""
+    value = given.get(name, method.defaults[name])
+    return name in PER_MODEL or not (value is None or isinstance(value, str))
+
+
 def find_start(method: Method, name: str, given: Mapping[str, Any], parts: Any, models: int, dtype: Any) -> Array:
     """Where learning starts: what is given, else the method's default, in the shape it is learned in.
 

@@ -172,7 +172,11 @@ def trace_pair(
     tos = overlap_score(code, beta)
     adjusted = adjust_coupling(coupling.plan, tos, active)
     delta_s = jnp.matmul(m, jnp.matmul(adjusted, change, precision=PRECISION), precision=PRECISION)
-    lam = fusion_coefficient(code.d_bar, tfi.sum() / (count if total_importance == "mean" else 1))
+    if total_importance == "mean":
+        total = tfi.sum() / count
+    else:  # one direction has no entropy, and what is divided by it is no importance
+        total = jnp.where(count > 1, tfi.sum(), 0.0)
+    lam = fusion_coefficient(code.d_bar, total)
     return PairTrace(m, mixing, cost_a, cost_b, coupling, change, code, tfi, tos, adjusted, delta_s, lam)
 
 
@@ -327,7 +331,8 @@ def rgsp(
 
     Every departure from the source is a keyword that also takes the literal value; with all of them literal
     (`LITERAL`, `symmetric=False`, `rest_term=True`) this is `rgsp_seed`. R9 calls lambda tau even under A <-> B, which
-    holds only where the map is a permutation; `symmetric` averages both orders and makes it exact.
+    holds only where the map is a permutation; `symmetric` averages both orders and makes it exact. A single direction
+    has no entropy to weigh its importance by: at rank 1 the merge is the mean.
 
     Args:
         stack: A and B [2, m, n] (outputs x inputs).

@@ -16,8 +16,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from rgsp_jax import learning
 from rgsp_jax.errors import RefusedError
+from rgsp_jax.learning import (
+    LearningState,
+    ModelFamily,
+    check_learned,
+    compose_tree,
+    expert_tree,
+    export_settings,
+    make_step,
+    prepare_family,
+    squared_distance,
+    start_coefficients,
+    start_learning,
+)
 from rgsp_jax.pipeline import MergeConfig, MergeResult, merge_checkpoints, parse_config, prepare
 from rgsp_jax.pipeline.config import Override
 from rgsp_jax.pipeline.merge import check_place
@@ -129,7 +141,7 @@ def find_problems(config: MergeConfig, settings: LearnSettings, workshop: Path, 
         problems.append("--key-map: learning runs the models, which must have one architecture; leave it out")
     method = config.resolved_method()
     try:
-        learning.check_learned(method, settings.learn, config.hyperparameters)
+        check_learned(method, settings.learn, config.hyperparameters)
     except ValueError as error:
         problems.append(f"--learn: {error}")
     if "key" in method.needs:
@@ -139,7 +151,7 @@ def find_problems(config: MergeConfig, settings: LearnSettings, workshop: Path, 
     return problems
 
 
-def load_family(preparation: Preparation, merged: Sequence[str], settings: LearnSettings) -> learning.ModelFamily:
+def load_family(preparation: Preparation, merged: Sequence[str], settings: LearnSettings) -> ModelFamily:
     """The models' weights, decomposed."""
     config = preparation.config
     trees: list[dict[str, Array]] = []
@@ -158,7 +170,7 @@ def load_family(preparation: Preparation, merged: Sequence[str], settings: Learn
     method = config.resolved_method()
     first = preparation.checkpoints[0].config or {}
     try:
-        return learning.prepare_family(
+        return prepare_family(
             trees,
             method,
             learn=settings.learn,
@@ -179,7 +191,7 @@ def read_inputs(preparation: Preparation) -> dict[str, InputStatistics]:
         if not task.sites:
             continue
         kinds = {file.sites[site].kind for file, site in zip(preparation.covariances, task.sites, strict=True)}
-        if kinds != {"covariance"}:
+        if kinds != {"full"}:
             raise RefusedError(
                 f"{preparation.covariances[0].path}: {name} has no whole covariance; collect it with more --memory"
             )
@@ -191,16 +203,16 @@ def read_inputs(preparation: Preparation) -> dict[str, InputStatistics]:
 class Run:
     """Everything that a step takes, compiled once."""
 
-    def __init__(self, tasks: Sequence[Task], family: learning.ModelFamily, settings: LearnSettings):
+    def __init__(self, tasks: Sequence[Task], family: ModelFamily, settings: LearnSettings):
         self.tasks, self.family, self.settings = tasks, family, settings
         self.objective = choose_objective(tasks, settings)
         self.optimiser = settings.make_optimiser()
-        self.start = learning.start_learning(learning.start_coefficients(family, settings.per), self.optimiser)
+        self.start = start_learning(start_coefficients(family, settings.per), self.optimiser)
         self.batches = [(k, batch) for k, task in enumerate(tasks) for batch in task.batches]
         twins = find_twins(tasks)
         teach = {k: jax.jit(tasks[k].answer) for k in set(twins)}
         losses = {k: self._make_loss(k) for k in set(twins)}
-        steps = {k: learning.make_step(loss, self.optimiser, has_aux=True) for k, loss in losses.items()}
+        steps = {k: make_step(loss, self.optimiser, has_aux=True) for k, loss in losses.items()}
         measures = {k: jax.jit(loss) for k, loss in losses.items()}
         self._teach = [teach[k] for k in twins]
         self._steps = [steps[k] for k in twins]
@@ -216,17 +228,17 @@ class Run:
 
         def loss(
             parameters: Any,
-            family: learning.ModelFamily,
+            family: ModelFamily,
             own: Mapping[str, Array],
             head: Any,
             batch: Batch,
             teacher: Answer,
             spread: Mapping[str, Array],
         ) -> Any:
-            merged = task.answer(learning.compose_tree(family, parameters), own, head, batch)
+            merged = task.answer(compose_tree(family, parameters), own, head, batch)
             value = objective.loss(merged, teacher, batch, temperature, spread)
             if pull:
-                value = value + pull * learning.squared_distance(parameters, start).astype(value.dtype)
+                value = value + pull * squared_distance(parameters, start).astype(value.dtype)
             return value, measure_agreement(merged, teacher, batch, labelled)
 
         return loss
@@ -237,7 +249,7 @@ class Run:
             return self._answers[index]
         k, batch = self.batches[index]
         task = self.tasks[k]
-        answer = self._teach[k](learning.expert_tree(self.family, k), task.own, task.head, batch)
+        answer = self._teach[k](expert_tree(self.family, k), task.own, task.head, batch)
         wanted = {"pooled": "features", "hidden": "tokens"}
         keep = {field: self.objective is OBJECTIVES[name] for field, name in wanted.items()}
         answer = answer._replace(**{field: None for field, kept in keep.items() if not kept})
@@ -262,7 +274,7 @@ class Run:
         """In which the batches of an epoch come: a function of the seed alone, so that a run can be resumed."""
         return np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.batches))
 
-    def step(self, state: learning.LearningState, number: int) -> tuple[learning.LearningState, Record]:
+    def step(self, state: LearningState, number: int) -> tuple[LearningState, Record]:
         """Take step `number`, counting from 0."""
         epoch, place = divmod(number, len(self.batches))
         index = int(self.order(epoch)[place])
@@ -287,8 +299,8 @@ class Run:
 
 
 def advance(
-    run: Run, state: learning.LearningState, history: list[Record], workshop: Path, on_step: OnStep | None
-) -> learning.LearningState:
+    run: Run, state: LearningState, history: list[Record], workshop: Path, on_step: OnStep | None
+) -> LearningState:
     """Take the steps that are left, saving as it goes."""
     total, every = run.settings.steps, run.settings.save_every
     with checkpoints(workshop) as manager:
@@ -312,7 +324,7 @@ def checkpoints(workshop: Path) -> Iterator[ocp.CheckpointManager]:
         yield manager
 
 
-def restore(workshop: Path, run: Run) -> tuple[learning.LearningState, int]:
+def restore(workshop: Path, run: Run) -> tuple[LearningState, int]:
     """The state that was saved last and its step, or the start."""
     with checkpoints(workshop) as manager:
         latest = manager.latest_step()
@@ -323,10 +335,10 @@ def restore(workshop: Path, run: Run) -> tuple[learning.LearningState, int]:
     return jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), state, run.start), latest
 
 
-def export_config(config: MergeConfig, family: learning.ModelFamily, parameters: Any) -> MergeConfig:
+def export_config(config: MergeConfig, family: ModelFamily, parameters: Any) -> MergeConfig:
     """The merge of these parameters: every tensor's setting as an override."""
     fixed = dict(family.settings)
-    settings = learning.export_settings(family, parameters)
+    settings = export_settings(family, parameters)
     overrides = []
     for name, (method, hyperparameters) in settings.items():
         changed = {key: value for key, value in hyperparameters.items() if key not in fixed}

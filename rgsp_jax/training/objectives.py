@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rgsp_jax import learning
+from rgsp_jax.learning import (
+    cross_entropy,
+    distillation,
+    entropy,
+    feature_distance,
+    feature_spread,
+    weighted_entropy,
+)
 
 
 class Answer(NamedTuple):
@@ -47,45 +54,45 @@ def where_logits(logits: Array, batch: Batch) -> Bool[Array, "batch *time"]:
 def distil(merged: Answer, teacher: Answer, batch: Batch, temperature: float, spread: Any) -> Array:
     """`KL(parent || merged)` of the answers."""
     del spread
-    return learning.distillation(merged.logits, teacher.logits, temperature, where_logits(merged.logits, batch))
+    return distillation(merged.logits, teacher.logits, temperature, where_logits(merged.logits, batch))
 
 
 def match_features(merged: Answer, teacher: Answer, batch: Batch, temperature: float, spread: Any) -> Array:
     """Distance of the pooled hidden states from the parent's, in units of their spread over its inputs."""
     del temperature
-    return learning.feature_distance(merged.pooled, teacher.pooled, batch.rows, spread["pooled"])
+    return feature_distance(merged.pooled, teacher.pooled, batch.rows, spread["pooled"])
 
 
 def match_tokens(merged: Answer, teacher: Answer, batch: Batch, temperature: float, spread: Any) -> Array:
     """The same of every token's last hidden state."""
     del temperature
     where = where_tokens(batch, teacher.hidden.shape[1])
-    return learning.feature_distance(merged.hidden, teacher.hidden, where, spread["hidden"])
+    return feature_distance(merged.hidden, teacher.hidden, where, spread["hidden"])
 
 
 def be_certain(merged: Answer, teacher: Answer, batch: Batch, temperature: float, spread: Any) -> Array:
     """Entropy of the answers."""
     del teacher, temperature, spread
-    return learning.entropy(merged.logits, where_logits(merged.logits, batch))
+    return entropy(merged.logits, where_logits(merged.logits, batch))
 
 
 def be_more_certain(merged: Answer, teacher: Answer, batch: Batch, temperature: float, spread: Any) -> Array:
     """Entropy of the answers, weighted by how certain they are."""
     del teacher, temperature, spread
-    return learning.weighted_entropy(merged.logits, where_logits(merged.logits, batch))
+    return weighted_entropy(merged.logits, where_logits(merged.logits, batch))
 
 
 def name_classes(merged: Answer, teacher: Answer, batch: Batch, temperature: float, spread: Any) -> Array:
     """Cross-entropy of the labels."""
     del teacher, temperature, spread
-    return learning.cross_entropy(merged.logits, batch.labels, batch.rows)
+    return cross_entropy(merged.logits, batch.labels, batch.rows)
 
 
 def tell_next(merged: Answer, teacher: Answer, batch: Batch, temperature: float, spread: Any) -> Array:
     """Cross-entropy of every next token."""
     del teacher, temperature, spread
     where = where_tokens(batch, merged.logits.shape[1])[:, 1:]
-    return learning.cross_entropy(merged.logits[:, :-1], batch.inputs["input_ids"][:, 1:], where)
+    return cross_entropy(merged.logits[:, :-1], batch.inputs["input_ids"][:, 1:], where)
 
 
 class Objective(NamedTuple):
@@ -117,9 +124,9 @@ def measure_spread(teacher: Answer, batch: Batch) -> dict[str, Array]:
     """Spread of a parent's own hidden states, the unit in which distances from them are counted."""
     found = {}
     if teacher.pooled is not None:
-        found["pooled"] = learning.feature_spread(teacher.pooled, batch.rows)
+        found["pooled"] = feature_spread(teacher.pooled, batch.rows)
     if teacher.hidden is not None:
-        found["hidden"] = learning.feature_spread(teacher.hidden, where_tokens(batch, teacher.hidden.shape[1]))
+        found["hidden"] = feature_spread(teacher.hidden, where_tokens(batch, teacher.hidden.shape[1]))
     return found
 
 

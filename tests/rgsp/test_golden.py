@@ -77,3 +77,12 @@ def test_relative(scale, field):
     golden = GOLDEN["relative"]
     output = methods["relative"](jnp.asarray(golden["stack"]), rank=golden["rank"], scale=scale)
     assert_close(output.merged, np.asarray(golden[field]), TIGHT, field)
+
+
+@pytest.mark.parametrize("settings", [{"rank": 1}, {"rank": 3, "active_rank": 1}])
+def test_a_single_direction_has_no_importance_and_leaves_the_mean(settings):
+    """Its entropy is zero; TFI divides by it."""
+    stack = case("layer_tall")[1]
+    output = methods["rgsp"](stack, **settings)
+    assert_close(output.merged, np.asarray(stack.mean(0)), 1e-12, "merged")
+    assert output.stats["lam"] == 0
