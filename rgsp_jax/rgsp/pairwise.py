@@ -172,10 +172,8 @@ def trace_pair(
     tos = overlap_score(code, beta)
     adjusted = adjust_coupling(coupling.plan, tos, active)
     delta_s = jnp.matmul(m, jnp.matmul(adjusted, change, precision=PRECISION), precision=PRECISION)
-    if total_importance == "mean":
-        total = tfi.sum() / count
-    else:  # one direction has no entropy, and what is divided by it is no importance
-        total = jnp.where(count > 1, tfi.sum(), 0.0)
+    # One direction has no entropy, and what is divided by it is no importance.
+    total = tfi.sum() / count if total_importance == "mean" else jnp.where(count > 1, tfi.sum(), 0.0)
     lam = fusion_coefficient(code.d_bar, total)
     return PairTrace(m, mixing, cost_a, cost_b, coupling, change, code, tfi, tos, adjusted, delta_s, lam)
 
