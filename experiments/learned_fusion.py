@@ -6,8 +6,9 @@ Hardware: 2 CPU cores, 6 GB. Runtime: one to two minutes for every draw, group a
 brings the tokenisers.
 
 `BENCH/<task>/` is as `text_encoders.py` describes it, with `train.jsonl` beside. A draw takes `--inputs` rows of every
-task's train.jsonl at random: RegMean has the covariances of these inputs, `rgsp learn` learns one coefficient per model
-and direction (`relative_weighted`, rank 5 %) by `--losses`, and only the loss cross-entropy sees their labels. Every
+task's train.jsonl at random: RegMean has the covariances of these inputs, `rgsp learn` learns the coefficients of
+`relative_weighted` (rank 5 %) by `--losses`, and the models' weights in every layer of RegMean by `--regmean`; only the
+loss cross-entropy sees labels. Every
 merge is scored on the first `--rows` test rows with each task's own head. Differences are paired by draw; `relative`
 and the average do not depend on it.
 
@@ -30,8 +31,7 @@ from rgsp_jax.activations import CovarianceSettings, collect_covariances
 from rgsp_jax.pipeline import MergeConfig, merge_checkpoints
 from rgsp_jax.training import OBJECTIVES, LearnSettings, run_learning
 
-LEARNED = dict(method="relative_weighted")
-LOSSES = ("distillation", "features", "entropy", "weighted-entropy", "cross-entropy")
+LOSSES = ("distillation", "features", "distillation+features", "entropy", "weighted-entropy", "cross-entropy")
 
 
 @dataclass(frozen=True)
@@ -61,32 +61,31 @@ def draw_inputs(bench: Path, task: str, count: int, draw: int, out: Path) -> Pat
     return path
 
 
-def run_regmean(models: Sequence[str], data: Sequence[Path], work: Path) -> Path:
-    """RegMean with the covariances of these inputs."""
-    files = [work / f"{path.stem}.covariances.safetensors" for path in data]
+def run_regmean(models: Sequence[str], data: Sequence[Path], work: Path) -> tuple[Path, tuple[str, ...]]:
+    """RegMean with the covariances of these inputs, and their files."""
+    paths = [work / f"{path.stem}.covariances.safetensors" for path in data]
     settings = CovarianceSettings(held_back=0, backend="flax")
-    for model, path, file in zip(models, data, files, strict=True):
+    for model, path, file in zip(models, data, paths, strict=True):
         collect_covariances(model, path, file, settings)
-    out = work / "regmean"
-    merge_checkpoints(MergeConfig(models=tuple(models), method="regmean", covariances=tuple(map(str, files))), out)
-    return out
+    out, files = work / "regmean", tuple(map(str, paths))
+    merge_checkpoints(MergeConfig(models=tuple(models), method="regmean", covariances=files), out)
+    return out, files
 
 
 def learn(
-    models: Sequence[str], tasks: Sequence[Task], data: Sequence[Path], loss: str, work: Path, settings: Any
+    config: MergeConfig, tasks: Sequence[Task], data: Sequence[Path], loss: str, out: Path, settings: Any
 ) -> Path:
     """`rgsp learn` with one loss."""
-    out = work / loss
-    heads = tuple(str(task.model.parent / "head.safetensors") for task in tasks)
     run_learning(
-        MergeConfig(models=tuple(models), **LEARNED),
+        config,
         LearnSettings(
             data=tuple(map(str, data)),
-            heads=heads,
+            heads=tuple(str(task.model.parent / "head.safetensors") for task in tasks),
             loss=loss,
             label_field="label" if loss == "cross-entropy" else None,
             max_length=48,
-            per=settings.per,
+            per=settings.per if config.method is None else "layer",
+            learn=None if config.method is None else ("coefficients", "tensors"),
             steps=settings.steps,
             learning_rate=settings.learning_rate,
         ),
@@ -112,12 +111,16 @@ def run_group(group: Sequence[str], options: argparse.Namespace, scorer: Scorer,
         place = work / "+".join(group) / f"draw-{draw}"
         data = [draw_inputs(options.bench, name, options.inputs, draw, place) for name in group]
         started = time.monotonic()
-        out = run_regmean(models, data, place)
+        out, files = run_regmean(models, data, place)
         yield Row(names, "RegMean", draw, scorer.score(out, names), time.monotonic() - started)
-        for loss in options.losses:
+        config = MergeConfig(models=tuple(models))
+        weighed = MergeConfig(models=tuple(models), method="regmean", covariances=files)
+        entries = [(f"learned, {loss}", config, loss, place / loss) for loss in options.losses]
+        entries += [(f"RegMean learned, {loss}", weighed, loss, place / f"regmean-{loss}") for loss in options.regmean]
+        for label, settings, loss, out in entries:
             started = time.monotonic()
-            out = learn(models, tasks, data, loss, place, options)
-            yield Row(names, f"learned, {loss}", draw, scorer.score(out, names), time.monotonic() - started)
+            learn(settings, tasks, data, loss, out, options)
+            yield Row(names, label, draw, scorer.score(out, names), time.monotonic() - started)
 
 
 def tabulate(rows: Sequence[Row]) -> list[str]:
@@ -170,9 +173,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--inputs", type=int, default=64, help="of every task (default: 64)")
     parser.add_argument("--losses", nargs="+", choices=list(OBJECTIVES), default=list(LOSSES))
+    parser.add_argument("--regmean", nargs="*", choices=list(OBJECTIVES), default=["distillation"])
     parser.add_argument("--rows", type=int, default=600, help="test rows of each task (default: 600)")
-    parser.add_argument("--per", default="direction")
-    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--per", default="layer")
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--work", type=Path, help="keep all merges there")
     parser.add_argument("--out", type=Path, default=RESULTS / "learned_fusion")
@@ -186,7 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     scorer = Scorer(tasks, encode_with_flax)
     groups = [tuple(options.tasks), *([tuple(options.pair)] if options.pair else [])]
     settings = {"tasks": options.tasks} | ({"pair": options.pair} if options.pair else {})
-    settings |= {name: getattr(options, name) for name in ("draws", "inputs", "losses", "rows", "per", "steps")}
+    settings |= {
+        name: getattr(options, name) for name in ("draws", "inputs", "losses", "regmean", "rows", "per", "steps")
+    }
     settings["learning_rate"] = options.learning_rate
     command = describe_command("learned_fusion", {"bench": "BENCH", **settings})
     rows: list[Row] = []

@@ -21,7 +21,7 @@ LEARNABLE = {
     "relative_weighted": {"directions": [[1.0, 0.5, 2.0], [0.3, 1.2, 0.8], [1.1, 0.9, 0.4]], "rest": [0.3, -0.2, 0.1]},
     "graft": {"ridge": 2.0},
     "sequential_graft": {"share": 0.4, "pull": 0.1},
-    "regmean": {"off_diagonal": 0.7},
+    "regmean": {"off_diagonal": 0.7, "coefficients": [1.0, 2.0, 0.5]},
     "karcher": {"coefficients": [1.0, 2.0, 0.5]},
     "task_arithmetic": {"scale": 0.7, "coefficients": [1.0, 2.0, 0.5]},
     "ties": {"scale": 0.7, "coefficients": [1.0, 1.1, 0.9]},

@@ -11,11 +11,19 @@ from rgsp_jax.linalg.mean import stack_mean
 from rgsp_jax.method import Hyperparameter
 from rgsp_jax.types import InputStatistics, MergeOutput
 
+Importances = Annotated[
+    Any, Hyperparameter("weight of every model's covariance beside the others'; null is 1 each", low=0, optional=True)
+]
 OffDiagonal = Annotated[Any, Hyperparameter("factor on the covariances' off-diagonal entries", low=0, high=1)]
 
 
-def regmean(stack: Float[Array, "k m n"], inputs: InputStatistics, off_diagonal: OffDiagonal = 0.9) -> MergeOutput:
-    """`(sum_i W_i C_i) (sum_i C_i)^-1`, the minimiser of `sum_i tr (W - W_i) C_i (W - W_i)^T`.
+def regmean(
+    stack: Float[Array, "k m n"],
+    inputs: InputStatistics,
+    off_diagonal: OffDiagonal = 0.9,
+    coefficients: Importances = None,
+) -> MergeOutput:
+    """`(sum_i c_i W_i C_i) (sum_i c_i C_i)^-1`, the minimiser of `sum_i c_i tr (W - W_i) C_i (W - W_i)^T`.
 
     Jin et al. 2023, arXiv 2212.09849. Solved for the departure from the mean, in units where the summed
     covariance has a unit diagonal: equal models return the model, equal covariances the average, and inputs that no
@@ -26,6 +34,7 @@ def regmean(stack: Float[Array, "k m n"], inputs: InputStatistics, off_diagonal:
         stack: K >= 1 models [K, m, n] (outputs x inputs).
         inputs: every model's whole uncentred covariance [K, n, n], weighted by rows if the models should be.
         off_diagonal: the paper's alpha; 0 weighs every input by its own variance.
+        coefficients: c [K], the paper's are 1; their common size does not matter.
 
     Returns:
         stats: `covariance_singular`, a flag, where the system could not be solved.
@@ -44,6 +53,8 @@ def regmean(stack: Float[Array, "k m n"], inputs: InputStatistics, off_diagonal:
     weight = alpha + (1 - alpha) * eye
     mean = stack_mean(stack)
     scaled = covariances.astype(dtype) * weight[None]
+    if coefficients is not None:
+        scaled = scaled * jnp.asarray(coefficients, dtype)[:, None, None]
     total = scaled.sum(0)
     diagonal = jnp.diagonal(total)
     seen = diagonal > 0

@@ -250,8 +250,8 @@ class Run:
         k, batch = self.batches[index]
         task = self.tasks[k]
         answer = self._teach[k](expert_tree(self.family, k), task.own, task.head, batch)
-        wanted = {"pooled": "features", "hidden": "tokens"}
-        keep = {field: self.objective is OBJECTIVES[name] for field, name in wanted.items()}
+        wanted = {"pooled": ("features", "distillation+features"), "hidden": ("tokens",)}
+        keep = {field: self.objective in [OBJECTIVES[name] for name in names] for field, names in wanted.items()}
         answer = answer._replace(**{field: None for field, kept in keep.items() if not kept})
         size = sum(x.nbytes for x in jax.tree.leaves(answer))
         if self._cached + size <= CACHED_BYTES:

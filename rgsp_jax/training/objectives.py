@@ -70,6 +70,12 @@ def match_tokens(merged: Answer, teacher: Answer, batch: Batch, temperature: flo
     return feature_distance(merged.hidden, teacher.hidden, where, spread["hidden"])
 
 
+def distil_both(merged: Answer, teacher: Answer, batch: Batch, temperature: float, spread: Any) -> Array:
+    """Sum of the two: features hold what a few answers leave open."""
+    answers = distil(merged, teacher, batch, temperature, spread)
+    return answers + match_features(merged, teacher, batch, temperature, spread)
+
+
 def be_certain(merged: Answer, teacher: Answer, batch: Batch, temperature: float, spread: Any) -> Array:
     """Entropy of the answers."""
     del teacher, temperature, spread
@@ -101,7 +107,7 @@ class Objective(NamedTuple):
     loss: Callable[..., Array]
     """`loss(merged, teacher, batch, temperature, spread) -> scalar`."""
     needs: str
-    """"logits", one for each input "classes", of each token "next tokens", or "hidden" states."""
+    """"logits", one for each input "classes", of each token "next tokens", "hidden" states, or "both"."""
     taught: bool
     """Whether it takes the parent's answers."""
 
@@ -110,6 +116,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
         "distillation": Objective(distil, "logits", True),
         "features": Objective(match_features, "hidden", True),
+        "distillation+features": Objective(distil_both, "both", True),
         "tokens": Objective(match_tokens, "hidden", True),
         "entropy": Objective(be_certain, "logits", False),
         "weighted-entropy": Objective(be_more_certain, "logits", False),

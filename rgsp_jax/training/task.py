@@ -254,7 +254,7 @@ def find_lacking(task: Task, objective: Objective) -> Iterator[str]:
     headless = isinstance(task.model, HEADLESS)
     answer = jax.eval_shape(task.answer, shape_weights(task), task.own, task.head, task.batches[0])
     logits = answer.logits
-    if objective.needs == "hidden" and not headless:
+    if objective.needs in ("hidden", "both") and not headless:
         yield f"loss {names[0]}: {task.label} shows logits and no hidden states; use distillation"
     if objective.needs != "hidden" and logits is None:
         yield f"loss {names[0]}: {task.label} has no head: give one --head for each model, or use the loss features"
