@@ -322,9 +322,7 @@ def compose_group(family: ModelFamily, group: MatrixGroup, coefficients: Coeffic
     repeats = [view.matrices[0] for _, view, _ in group.members]
     each = [own for own, count in zip(settings, repeats, strict=True) for _ in range(count)]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
-    # A solver's loop runs every lane of a batch to the slowest; products alone want the batch.
-    batched = map_batch if group.solution is None else run_at_once
-    merged = batched(
+    merged = map_batch(
         jax.checkpoint(functools.partial(compose_matrix, method, dict(family.settings))),
         group.stack,
         group.parts,
@@ -333,11 +331,6 @@ def compose_group(family: ModelFamily, group: MatrixGroup, coefficients: Coeffic
         stacked,
     )
     return {name: view.from_matrices(merged[first : first + view.matrices[0]]) for name, view, first in group.members}
-
-
-def run_at_once(fn: Callable[..., Array], *batches: Any) -> Array:
-    """`jax.vmap(fn)(*batches)`."""
-    return jax.vmap(fn)(*batches)
 
 
 def match_shapes(settings: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
