@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tables import RESULTS, compare, describe_command, estimate, table, write_results
 from text_encoders import Scorer, Task, encode_with_flax, read_task, working_directory
@@ -197,6 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     command = describe_command("learned_fusion", {"bench": "BENCH", **settings})
     rows: list[Row] = []
     with working_directory(options.work) as work:
+        # Every draw compiles the same steps, which takes as long as to run them.
+        jax.config.update("jax_compilation_cache_dir", str(work.absolute() / "compiled"))
         for group in groups:
             for row in run_group(group, options, scorer, work):
                 rows.append(row)

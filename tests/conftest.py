@@ -53,6 +53,22 @@ SLOW = (
     "test_relative_weighted.py::test_against_the_oracle[model]",
     "test_sequential.py::test_the_pipeline_writes_the_model_that_was_refitted_in_memory[make_gpt2-bfloat16]",
     "test_svd_algorithms.py::test_vmap_is_map_is_loop",
+    "test_graft_commands.py::test_a_frontier_is_a_table_and_a_picture",
+    "test_trees.py::test_gradients_flow_through_a_tree",
+    "test_trees.py::test_dtypes_are_the_first_trees[float16]",
+    "test_methods.py::test_jit_equals_eager_and_vmap_equals_loop[dgsm]",
+    "test_methods.py::test_dtype_is_kept_and_small_floats_compute_in_float32[core_space-bfloat16]",
+    "test_gradients.py::test_gradients_in_the_weights_and_in_everything_learnable[gsf]",
+    "test_gradients.py::test_gradients_in_the_weights_and_in_everything_learnable[dgsm]",
+    "test_pipeline.py::test_a_method_for_whole_tensors_with_a_base",
+    "test_pipeline.py::test_a_seed_is_a_merge_whatever_the_items[dare]",
+    "test_core_space.py::test_updates_rounded_with_their_base",
+    "test_learning.py::test_exported_settings_give_the_composed_model[layer]",
+    "test_learning.py::test_degenerate_families_are_finite[zero]",
+    "test_learning.py::test_what_a_pair_learns_has_finite_gradients_where_models_degenerate[zero]",
+    "test_learn.py::test_losses_go_down[entropy]",
+    "test_permuted_models.py::test_transport_carries_the_twin_back[gromov_wasserstein-0.01]",
+    "test_finetune_text.py::test_runs_repeat_by_seed_and_classes_are_numbered_anew",
 )
 
 

@@ -247,6 +247,19 @@ def test_karcher_keeps_the_mean_length():
     assert np.linalg.norm(merged) == pytest.approx(np.linalg.norm(stack, axis=(1, 2)).mean())
 
 
+def test_regmean_s_coefficients_weigh_the_covariances():
+    stack, _ = experts(18)
+    factors = np.random.default_rng(7).normal(size=(3, 9, stack.shape[2]))
+    covariances = np.einsum("krn,krp->knp", factors, factors)
+    plain = merge("regmean", stack, covariances=covariances)[0]
+    weights = np.array([2.0, 0.5, 3.0])
+    weighed = merge("regmean", stack, {"coefficients": tuple(weights)}, covariances=covariances)[0]
+    assert_close(weighed, merge("regmean", stack, covariances=weights[:, None, None] * covariances)[0], 1e-12)
+    same = merge("regmean", stack, {"coefficients": (7.0,) * 3}, covariances=covariances)[0]
+    assert_close(same, plain, 1e-12)
+    assert np.abs(weighed - plain).max() > 1e-3
+
+
 def test_regmean_with_equal_covariances_is_the_average():
     stack, _ = experts(18)
     rows = np.random.default_rng(18).normal(size=(30, 6))
