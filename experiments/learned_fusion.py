@@ -12,7 +12,8 @@ loss cross-entropy sees labels. Every
 merge is scored on the first `--rows` test rows with each task's own head. Differences are paired by draw; `relative`
 and the average do not depend on it.
 
-Expected on all-MiniLM-L6-v2 encoders of TREC, SUBJ and MR: experiments/results/learned_fusion.md.
+Expected on all-MiniLM-L6-v2 encoders of TREC, SUBJ and MR, `--losses distillation+features --regmean`, mean accuracy of
+the three: average .840, RegMean .840, relative .865, learned .868 (the table: experiments/results/learned_fusion.md).
 """
 
 import argparse
