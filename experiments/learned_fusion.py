@@ -200,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     rows: list[Row] = []
     with working_directory(options.work) as work:
         # Every draw compiles the same steps, which takes as long as to run them.
-        jax.config.update("jax_compilation_cache_dir", str(work.absolute() / "compiled"))
+        if jax.config.values["jax_compilation_cache_dir"] is None:
+            jax.config.update("jax_compilation_cache_dir", str(work.absolute() / "compiled"))
         for group in groups:
             for row in run_group(group, options, scorer, work):
                 rows.append(row)

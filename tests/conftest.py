@@ -35,6 +35,7 @@ SLOW = (
     "test_vision_digits.py::test_a_small_run",
     "test_vision_digits.py::test_a_common_head_is_kept_and_the_encoder_is_not",
     "test_permuted_twins.py::test_a_small_run",
+    "test_learned_fusion.py::test_a_small_run",
     "test_methods.py::test_relative_against_the_oracle",
     "test_methods.py::test_a_masked_rank_is_the_smaller_rank[relative_weighted]",
     "test_methods.py::test_a_masked_rank_is_the_smaller_rank[rgsp_seed]",
