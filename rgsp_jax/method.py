@@ -124,6 +124,11 @@ class Stages:
         """Names of everything that a step takes."""
         return frozenset(inspect.signature(getattr(self, stage)).parameters)
 
+    def pick(self, stage: Literal["prepare", "solve", "build"], *known: Mapping[str, Any]) -> dict[str, Any]:
+        """What a step takes of what is known, the last deciding."""
+        taken = self.arguments(stage)
+        return {name: value for one in known for name, value in one.items() if name in taken}
+
 
 @dataclass(frozen=True)
 class Method:

@@ -179,12 +179,9 @@ def test_a_masked_rank_is_the_smaller_rank(name):
 def in_stages(name, stack, **hyperparameters):
     """The method composed of its three steps, each given what its signature names."""
     stages, given = methods[name].stages, methods[name].defaults | hyperparameters | needed(name, stack)
-
-    def pick(stage):
-        return {argument: given[argument] for argument in stages.arguments(stage) if argument in given}
-
-    parts = stages.prepare(stack, **pick("prepare"))
-    return stages.build(stack, parts, stages.solve(parts, **pick("solve")), **pick("build"))
+    parts = stages.prepare(stack, **stages.pick("prepare", given))
+    solution = stages.solve(parts, **stages.pick("solve", given))
+    return stages.build(stack, parts, solution, **stages.pick("build", given))
 
 
 VARIED = {

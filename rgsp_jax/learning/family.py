@@ -187,8 +187,8 @@ def decompose_stacks(
     assert stages is not None
 
     def decompose_one(stack: Array, own: dict[str, Any]) -> tuple[Any, Any]:
-        parts = stages.prepare(widen(stack), **pick(stages.arguments("prepare"), method.defaults, fixed, own))
-        return parts, stages.solve(parts, **pick(stages.arguments("solve"), fixed)) if known else None
+        parts = stages.prepare(widen(stack), **stages.pick("prepare", method.defaults, fixed, own))
+        return parts, stages.solve(parts, **stages.pick("solve", fixed)) if known else None
 
     return map_batch(decompose_one, stacks, beside)
 
@@ -196,11 +196,6 @@ def decompose_stacks(
 def widen(x: Array) -> Array:
     """In the dtype that merges are computed in."""
     return x.astype(compute_dtype(x.dtype))
-
-
-def pick(names: Iterable[str], *sources: Mapping[str, Any]) -> dict[str, Any]:
-    """What the sources have of these names, the last of them deciding."""
-    return {name: value for source in sources for name, value in source.items() if name in names}
 
 
 def start_group(
@@ -361,8 +356,8 @@ def compose_matrix(
     if stages is None:
         return method.fn(stack, **beside, **{**fixed, **own}).merged
     if solution is None:
-        solution = stages.solve(parts, **pick(stages.arguments("solve"), fixed, own))
-    return stages.build(stack, parts, solution, **pick(stages.arguments("build"), beside, fixed, own)).merged
+        solution = stages.solve(parts, **stages.pick("solve", fixed, own))
+    return stages.build(stack, parts, solution, **stages.pick("build", beside, fixed, own)).merged
 
 
 def export_settings(family: ModelFamily, coefficients: Coefficients) -> dict[str, tuple[str, dict[str, Any]]]:

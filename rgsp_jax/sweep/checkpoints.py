@@ -17,7 +17,7 @@ from rgsp_jax.pipeline.execute import ItemSources, compute_item
 from rgsp_jax.pipeline.kernels import ItemOutput, measure_output
 from rgsp_jax.pipeline.plan import MergePlan, WorkItem
 from rgsp_jax.registry import methods
-from rgsp_jax.sweep.staging import Cut, Ranks, Static, cast, cut_setting, pick
+from rgsp_jax.sweep.staging import Cut, Ranks, Static, cast, cut_setting
 
 Rows = list[np.ndarray]
 """The leaves of what is known of one matrix."""
@@ -163,7 +163,7 @@ def compile_prepare(name: str, static: Static, with_base: bool) -> Any:
 
     def prepare(sources: tuple[Array, ...]) -> Any:
         stack, known = read_stack(sources, method, with_base)
-        return stages.prepare(stack, **pick(known, stages.arguments("prepare")), **dict(static))
+        return stages.prepare(stack, **stages.pick("prepare", known), **dict(static))
 
     return jax.jit(lambda sources: map_batch(lambda x: prepare(x), sources))
 
@@ -187,7 +187,7 @@ def compile_build(name: str, static: Static, out_dtype: np.dtype, with_base: boo
 
     def build(sources: tuple[Array, ...], parts: Any, solution: Any, traced: dict[str, Array]) -> ItemOutput:
         stack, known = read_stack(sources, method, with_base)
-        given = pick(known, stages.arguments("build")) | cast(traced, stack.dtype) | dict(static)
+        given = stages.pick("build", known) | cast(traced, stack.dtype) | dict(static)
         return measure_output(stages.build(stack, parts, solution, **given), stack, sources, out_dtype)
 
     def build_all(sources: tuple[Array, ...], parts: Any, solution: Any, traced: dict[str, Array]) -> ItemOutput:

@@ -17,7 +17,7 @@ from rgsp_jax.method import Method
 from rgsp_jax.registry import methods
 from rgsp_jax.rules import Layout
 from rgsp_jax.sweep.grid import Point, SweepConfig
-from rgsp_jax.sweep.staging import Cut, Ranks, Static, Traced, cast, cut_setting, largest_ranks, pick, split
+from rgsp_jax.sweep.staging import Cut, Ranks, Static, Traced, cast, cut_setting, largest_ranks, split
 from rgsp_jax.trees import (
     LeafGroup,
     SortedLeaves,
@@ -252,8 +252,7 @@ def compile_prepare(method: Method, static: Static) -> Any:
         if method.stages is None:
             return ()
         models, known = take_base(method, stack)
-        taken = method.stages.arguments("prepare")
-        return method.stages.prepare(models, **pick(known | own, taken), **dict(static))
+        return method.stages.prepare(models, **method.stages.pick("prepare", known, own), **dict(static))
 
     return jax.jit(lambda stacks, beside: map_batch(prepare, stacks, beside))
 
@@ -287,8 +286,7 @@ def compile_build(method: Method, static: Static) -> Any:
         if method.stages is None:
             return solution
         models, known = take_base(method, stack)
-        taken = method.stages.arguments("build")
-        given = pick(known | own, taken) | cast(traced, stack.dtype) | dict(static)
+        given = method.stages.pick("build", known, own) | cast(traced, stack.dtype) | dict(static)
         return method.stages.build(models, parts, solution, **given).merged
 
     def build_all(stacks: Array, beside: Any, parts: Any, solutions: Any, lane: Array, traced: Any) -> Array:

@@ -103,8 +103,3 @@ def ranks_of_space(config: SweepConfig) -> dict[str, tuple[int | float, ...]]:
         else:
             found[name] = axis or (config.hyperparameters.get("rank", method.defaults["rank"]),)
     return found
-
-
-def pick(known: Mapping[str, Any], taken: frozenset[str]) -> dict[str, Any]:
-    """What a step takes of what is known beside the stack."""
-    return {name: value for name, value in known.items() if name in taken}
