@@ -15,6 +15,13 @@ from rgsp_jax.types import MergeOutput
 MergeFn = Callable[..., MergeOutput]
 """`fn(stack [K, m, n], **hyperparameters) -> MergeOutput(merged [m, n], stats)`, pure and differentiable."""
 
+PER_MODEL = frozenset({"directions", "rest", "coefficients"})
+"""Hyperparameters with a value, or several, for each model."""
+SQUARES = frozenset({"w_q", "w_k"})
+"""Hyperparameters that are square matrices [r, r], the identity where they are not given; learning finds them."""
+MASKED = "active_rank"
+"""The hyperparameter that is a count at run time: a mask on the directions that are kept."""
+
 
 def compute_dtype(*dtypes: Any) -> Any:
     """float64 where one is float64, float32 for smaller floats; ValueError for anything else."""

@@ -7,16 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rgsp_jax.method import Method
+from rgsp_jax.method import MASKED, PER_MODEL, SQUARES, Method
 from rgsp_jax.rgsp import automatic_scale
 
 SMALLEST = 1e-3
 """Where learning starts what may be zero and is: a logarithm of zero goes nowhere."""
-PER_MODEL = frozenset({"directions", "rest", "coefficients"})
-"""Hyperparameters with a value for each model."""
-SQUARES = frozenset({"w_q", "w_k"})
-"""Hyperparameters that are r x r, the identity at the start."""
-COUNTS = frozenset({"active_rank"})
 
 
 def list_learnable(method: Method) -> tuple[str, ...]:
@@ -25,7 +20,7 @@ def list_learnable(method: Method) -> tuple[str, ...]:
     return tuple(
         name
         for name, h in method.hyperparameters.items()
-        if not (h.static or h.integer or h.whole or name in COUNTS | fixed)
+        if not (h.static or h.integer or h.whole or name in {MASKED} | fixed)
     )
 
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from rgsp_jax.errors import RefusedError
-from rgsp_jax.method import Method
+from rgsp_jax.method import PER_MODEL, SQUARES, Method
 from rgsp_jax.pipeline.mergekit_config import is_mergekit, translate
 from rgsp_jax.registry import methods
 
@@ -178,12 +178,6 @@ class MergeConfig(BaseModel):
         full = {"models": list(self.models), "method": self.resolved_method().name, **full}
         full.pop("memory", None)
         return yaml.dump(full, Dumper=Dumper, sort_keys=False, allow_unicode=True)
-
-
-SQUARES = frozenset({"w_q", "w_k"})
-"""Hyperparameters that are square matrices, which learning finds."""
-PER_MODEL = frozenset({"directions", "rest"})
-"""Hyperparameters that are a number, or one or several for each model."""
 
 
 def value_problem(name: str, value: Any, count: int, with_base: bool) -> str | None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from rgsp_jax.checkpoint import TensorSpec, format_bytes
 from rgsp_jax.linalg import resolve_rank
-from rgsp_jax.method import Method
-from rgsp_jax.pipeline.config import SQUARES, MergeConfig, matcher
+from rgsp_jax.method import SQUARES, Method
+from rgsp_jax.pipeline.config import MergeConfig, matcher
 from rgsp_jax.registry import methods
 from rgsp_jax.rules import MatrixView, classify, flatten_view
 

@@ -12,13 +12,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rgsp_jax.errors import RefusedError
-from rgsp_jax.method import Method
+from rgsp_jax.method import MASKED, Method
 from rgsp_jax.pipeline.config import Dumper, KeyMap, MergeConfig, Override, Size, read_yaml
 from rgsp_jax.registry import methods
 
 MOST_POINTS = 20_000
 """More than this is no grid that anyone waits for."""
-MASKED = "active_rank"
 
 
 class Range(BaseModel):

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array
 
 from rgsp_jax.linalg import resolve_rank
-from rgsp_jax.method import Method, Stages
+from rgsp_jax.method import MASKED, Method, Stages
 from rgsp_jax.registry import methods
-from rgsp_jax.sweep.grid import MASKED, Point, Range, SweepConfig, is_whole
+from rgsp_jax.sweep.grid import Point, Range, SweepConfig, is_whole
 
 Static = tuple[tuple[str, Any], ...]
 Traced = dict[str, np.ndarray]
