@@ -10,13 +10,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rgsp_jax.batching import map_batch
-from rgsp_jax.method import Method, compute_dtype
+from rgsp_jax.method import MASKED, Method, compute_dtype
 from rgsp_jax.pipeline.plan import CHUNK, Group
 from rgsp_jax.registry import methods
 from rgsp_jax.types import InputStatistics, MergeOutput
 
 NOTHING = InputStatistics()
 """For methods that need no covariances."""
+Static = tuple[tuple[str, Any], ...]
+"""Hyperparameters that are compiled in, by name."""
+Traced = dict[str, np.ndarray]
+"""Hyperparameters that are passed at run time."""
 
 
 class ItemOutput(NamedTuple):
@@ -36,17 +40,22 @@ class ItemOutput(NamedTuple):
     """[b]."""
 
 
-def split_static(
-    method: Method, hyperparameters: Mapping[str, Any]
-) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
-    """(static, traced): what is compiled in, and what is passed at run time."""
+def split_static(method: Method, hyperparameters: Mapping[str, Any]) -> tuple[Static, Traced]:
+    """What is compiled in, and what is passed at run time, in the widest types: `cast_traced` narrows the floats."""
     fixed = {
         name: value
         for name, value in hyperparameters.items()
         if name in method.static or isinstance(value, (str, bool)) or value is None
     }
     traced = {name: np.asarray(v, np.float64) for name, v in hyperparameters.items() if name not in fixed}
+    if MASKED in traced:
+        traced[MASKED] = traced[MASKED].astype(np.int64)
     return tuple(sorted(fixed.items())), traced
+
+
+def cast_traced(traced: Mapping[str, Array], dtype: Any) -> dict[str, Array]:
+    """Hyperparameters in the kernel's own float; counts stay what they are."""
+    return {name: v if jnp.issubdtype(v.dtype, jnp.integer) else v.astype(dtype) for name, v in traced.items()}
 
 
 def run_item(
@@ -69,17 +78,13 @@ def run_item(
     """
     method = methods[group.method]
     static, traced = split_static(method, group.hyperparameters)
-    if "active_rank" in traced:
-        traced["active_rank"] = traced["active_rank"].astype(np.int32)
     return compile_item(group.action, group.method, static, group.out_dtype, with_base)(
         sources, traced, salts, np.uint32(seed), inputs
     )
 
 
 @functools.cache
-def compile_item(
-    action: str, name: str, static: tuple[tuple[str, Any], ...], out_dtype: np.dtype, with_base: bool
-) -> Any:
+def compile_item(action: str, name: str, static: Static, out_dtype: np.dtype, with_base: bool) -> Any:
     """The jitted kernel of one method with its static hyperparameters; shapes and dtypes retrace it."""
     method = methods[name]
 
@@ -94,8 +99,7 @@ def compile_item(
             needed["inputs"] = inputs
         if with_base and "base" in method.needs:
             needed["base"] = sources[-1].astype(dtype)
-        parameters = {k: v if jnp.issubdtype(v.dtype, jnp.integer) else v.astype(dtype) for k, v in traced.items()}
-        output = method.fn(stack, **dict(static), **parameters, **needed)
+        output = method.fn(stack, **dict(static), **cast_traced(traced, dtype), **needed)
         return measure_output(output, stack, sources, out_dtype)
 
     def merge_matrices(

@@ -14,10 +14,10 @@ from jaxtyping import Array
 from rgsp_jax.batching import map_batch
 from rgsp_jax.method import Method, Stages, compute_dtype
 from rgsp_jax.pipeline.execute import ItemSources, compute_item
-from rgsp_jax.pipeline.kernels import ItemOutput, measure_output
+from rgsp_jax.pipeline.kernels import ItemOutput, Static, cast_traced, measure_output
 from rgsp_jax.pipeline.plan import MergePlan, WorkItem
 from rgsp_jax.registry import methods
-from rgsp_jax.sweep.staging import Cut, Ranks, Static, cast, cut_setting
+from rgsp_jax.sweep.staging import Cut, Ranks, cut_setting
 
 Rows = list[np.ndarray]
 """The leaves of what is known of one matrix."""
@@ -175,7 +175,7 @@ def compile_solve(name: str, static: Static) -> Any:
 
     def solve(parts: Any, traced: dict[str, Array]) -> Any:
         floats = [x.dtype for x in jax.tree.leaves(parts) if jnp.issubdtype(x.dtype, jnp.floating)]
-        return stages.solve(parts, **cast(traced, compute_dtype(*floats)), **dict(static))
+        return stages.solve(parts, **cast_traced(traced, compute_dtype(*floats)), **dict(static))
 
     return jax.jit(lambda parts, traced: map_batch(lambda x: solve(x, traced), parts))
 
@@ -187,7 +187,7 @@ def compile_build(name: str, static: Static, out_dtype: np.dtype, with_base: boo
 
     def build(sources: tuple[Array, ...], parts: Any, solution: Any, traced: dict[str, Array]) -> ItemOutput:
         stack, known = read_stack(sources, method, with_base)
-        given = stages.pick("build", known) | cast(traced, stack.dtype) | dict(static)
+        given = stages.pick("build", known) | cast_traced(traced, stack.dtype) | dict(static)
         return measure_output(stages.build(stack, parts, solution, **given), stack, sources, out_dtype)
 
     def build_all(sources: tuple[Array, ...], parts: Any, solution: Any, traced: dict[str, Array]) -> ItemOutput:

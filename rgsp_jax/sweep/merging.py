@@ -14,10 +14,11 @@ from jaxtyping import Array
 
 from rgsp_jax.batching import map_batch
 from rgsp_jax.method import Method
+from rgsp_jax.pipeline.kernels import Static, Traced, cast_traced, split_static
 from rgsp_jax.registry import methods
 from rgsp_jax.rules import Layout
 from rgsp_jax.sweep.grid import Point, SweepConfig
-from rgsp_jax.sweep.staging import Cut, Ranks, Static, Traced, cast, cut_setting, largest_ranks, split
+from rgsp_jax.sweep.staging import Cut, Ranks, cut_setting, largest_ranks
 from rgsp_jax.trees import (
     LeafGroup,
     SortedLeaves,
@@ -185,7 +186,7 @@ def join_point(
 def cut_point(method: Method, point: Point, ranks: Sequence[int | float], block: Block) -> Cut:
     """Cut a setting for the matrices of a block; methods without stages are solved in one piece."""
     if method.stages is None:
-        return Cut((), split(method, {**method.defaults, **point.hyperparameters}), ((), {}))
+        return Cut((), split_static(method, {**method.defaults, **point.hyperparameters}), ((), {}))
     m, n = block.stacks.shape[2:]
     return cut_setting(method, method.stages, point.hyperparameters, ranks, m, n)
 
@@ -266,11 +267,13 @@ def compile_solve(method: Method, static: Static) -> Any:
 
             def merge_one(traced: dict[str, Array], _: Array) -> Array:
                 models, known = take_base(method, stack)
-                return method.fn(models, **known, **own, **cast(traced, stack.dtype), **dict(static)).merged
+                return method.fn(models, **known, **own, **cast_traced(traced, stack.dtype), **dict(static)).merged
 
             return jax.vmap(merge_one)(*settings)
         stages = method.stages
-        return map_batch(lambda traced, _: stages.solve(parts, **cast(traced, stack.dtype), **dict(static)), *settings)
+        return map_batch(
+            lambda traced, _: stages.solve(parts, **cast_traced(traced, stack.dtype), **dict(static)), *settings
+        )
 
     def solve_all(stacks: Array, beside: Any, parts: Any, settings: Any) -> Any:
         return map_batch(lambda stack, own, part: solve(stack, own, part, settings), stacks, beside, parts)
@@ -286,7 +289,7 @@ def compile_build(method: Method, static: Static) -> Any:
         if method.stages is None:
             return solution
         models, known = take_base(method, stack)
-        given = method.stages.pick("build", known, own) | cast(traced, stack.dtype) | dict(static)
+        given = method.stages.pick("build", known, own) | cast_traced(traced, stack.dtype) | dict(static)
         return method.stages.build(models, parts, solution, **given).merged
 
     def build_all(stacks: Array, beside: Any, parts: Any, solutions: Any, lane: Array, traced: Any) -> Array:

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array
 
 from rgsp_jax.linalg import resolve_rank
 from rgsp_jax.method import MASKED, Method, Stages
+from rgsp_jax.pipeline.kernels import Static, Traced, split_static
 from rgsp_jax.registry import methods
 from rgsp_jax.sweep.grid import Point, Range, SweepConfig, is_whole
 
-Static = tuple[tuple[str, Any], ...]
-Traced = dict[str, np.ndarray]
 Ranks = Mapping[str, tuple[int | float, ...]]
 """Method -> every rank that a sweep may ask for."""
 
@@ -58,25 +56,8 @@ def cut_setting(
     for stage in ("prepare", "solve", "build"):
         taken = stages.arguments(stage)  # type: ignore[arg-type]
         skipped = {MASKED} if stage == "prepare" else set()
-        steps.append(split(method, {name: v for name, v in given.items() if name in taken - skipped}))
+        steps.append(split_static(method, {name: v for name, v in given.items() if name in taken - skipped}))
     return Cut(steps[0][0], steps[1], steps[2])
-
-
-def split(method: Method, given: Mapping[str, Any]) -> tuple[Static, Traced]:
-    """What is compiled in, and arrays in the widest types; kernels cast them to theirs."""
-    fixed = {
-        name: value
-        for name, value in given.items()
-        if name in method.static or isinstance(value, (str, bool)) or value is None
-    }
-    traced = {name: np.asarray(v, np.int64 if name == MASKED else np.float64) for name, v in given.items()
-              if name not in fixed}  # fmt: skip
-    return tuple(sorted(fixed.items())), traced
-
-
-def cast(traced: Mapping[str, Array], dtype: Any) -> dict[str, Array]:
-    """Traced hyperparameters in the kernel's own float."""
-    return {name: v if name == MASKED else v.astype(dtype) for name, v in traced.items()}
 
 
 def largest_ranks(points: Iterable[Point]) -> dict[str, tuple[int | float, ...]]:
