@@ -18,15 +18,14 @@ from rgsp_jax.errors import RefusedError
 from rgsp_jax.models import FAMILIES, Family, export_weights, load_weights, map_weights
 
 LENGTH_STEP = 16
-TEXTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
+TEXTS, IMAGES = frozenset({"input_ids", "attention_mask", "token_type_ids"}), frozenset({"pixel_values"})
+RUNNABLE = {name: family for name, family in FAMILIES.items() if family.inputs <= TEXTS or family.inputs == IMAGES}
+"""The families that take texts alone or images alone, by model type."""
 
 
 def find_family(checkpoint: Checkpoint) -> Family | None:
     """The Flax family of a checkpoint's model type, if there is one that takes texts alone or images alone."""
-    family = FAMILIES.get((checkpoint.config or {}).get("model_type", ""))
-    if family is None or not (family.inputs <= TEXTS or family.inputs == {"pixel_values"}):
-        return None
-    return family
+    return RUNNABLE.get((checkpoint.config or {}).get("model_type", ""))
 
 
 class Tap(nnx.Module):
@@ -57,7 +56,7 @@ class FlaxRunner:
             model_type = (checkpoint.config or {}).get("model_type")
             raise RefusedError(
                 f"{checkpoint.path} is a model of type {model_type!r}; the Flax families here are "
-                f"{', '.join(FAMILIES)}: use --backend torch"
+                f"{', '.join(RUNNABLE)}: use --backend torch"
             )
         if settings.dtype != "float32":
             raise RefusedError("the Flax families compute in float32: leave --dtype out or use --backend torch")

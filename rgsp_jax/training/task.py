@@ -11,12 +11,11 @@ from flax import nnx
 from jaxtyping import Array
 
 from rgsp_jax.activations.examples import Dataset, Example, read_examples
-from rgsp_jax.activations.flax_runner import find_family, load_fast_tokenizer, prepare_image
+from rgsp_jax.activations.flax_runner import RUNNABLE, find_family, load_fast_tokenizer, prepare_image
 from rgsp_jax.checkpoint import Checkpoint, open_checkpoint
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.layouts import to_torch_shape
 from rgsp_jax.models import (
-    FAMILIES,
     HEADLESS,
     Family,
     match_names,
@@ -134,7 +133,8 @@ def open_task(checkpoint: Checkpoint, label: str, merged: Sequence[str], setting
     family = find_family(checkpoint)
     if family is None:
         kind = (checkpoint.config or {}).get("model_type")
-        raise RefusedError(f"{label} is a model of type {kind!r}, which cannot be run here; the families are {KNOWN}")
+        known = ", ".join(RUNNABLE)
+        raise RefusedError(f"{label} is a model of type {kind!r}, which cannot be run here; the families are {known}")
     dataset = read_examples(
         settings.data[k],
         field=settings.field,
@@ -163,9 +163,6 @@ def open_task(checkpoint: Checkpoint, label: str, merged: Sequence[str], setting
         pooling=settings.pooling,
         recompute=settings.recompute,
     )
-
-
-KNOWN = ", ".join(name for name, family in FAMILIES.items() if "decoder_input_ids" not in family.inputs)
 
 
 def read_head(path: str, model: nnx.Module, label: str) -> Head:

@@ -117,8 +117,10 @@ def test_what_the_flax_families_cannot_do_is_refused(tmp_path):
     data = tiny.write_texts(tmp_path / "data.jsonl", tiny.draw_texts(3))
     out = tmp_path / "c.safetensors"
     mixtral = tiny.save_model(tmp_path / "mixtral", tiny.make_mixtral(), tiny.make_tokenizer())
-    with pytest.raises(RefusedError, match="'mixtral'; the Flax families here are bert, "):
+    with pytest.raises(RefusedError, match="'mixtral'; the Flax families here are bert, ") as caught:
         collect_covariances(mixtral, data, out, settings)
+    listed = str(caught.value).split(" are ")[1].split(":")[0].split(", ")
+    assert not {"clip", "qwen2_vl", "t5"} & set(listed) and {"gpt2", "clip_vision_model", "vit"} <= set(listed)
     vit = tiny.save_model(tmp_path / "vit", tiny.make_vit())
     with pytest.raises(RefusedError, match="takes images alone"):
         collect_covariances(vit, data, out, settings)

@@ -1,6 +1,7 @@
 """`rgsp learn` from checkpoints to a checkpoint: resumed exactly, exported as a plain merge, refused clearly."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from flax import nnx
 from activations import tiny_models as tiny
 from pipeline.toy_models import tree_bytes
 from rgsp_jax import learning
+from rgsp_jax.activations.flax_runner import RUNNABLE
 from rgsp_jax.checkpoint import open_checkpoint, write_safetensors
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.models import FAMILIES, load_weights, recompute_layers
@@ -165,6 +167,20 @@ def test_everything_wrong_is_said_at_once(encoders, tmp_path):
         run_learning(configure(encoders), settle(encoders, loss="entropy"), tmp_path / "out")
     assert len(caught.value.problems) == 3 and "has no head" in caught.value.problems[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_run_is_told_which_can(encoders, tmp_path):
+    for k in range(2):
+        place = tmp_path / f"expert-{k}"
+        shutil.copytree(encoders / place.name, place)
+        facts = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(facts | {"model_type": "clip"}))
+        shutil.copy(encoders / f"{k}.jsonl", tmp_path)
+    with pytest.raises(RefusedError) as caught:
+        run_learning(configure(tmp_path, 2), settle(tmp_path, 2), tmp_path / "out")
+    listed = caught.value.problems[0].split("the families are ")[1].split(", ")
+    assert len(caught.value.problems) == 2 and set(listed) == set(RUNNABLE)
+    assert not {"clip", "qwen2_vl", "t5"} & set(listed)
 
 
 def test_layers_that_are_recomputed_keep_less_and_give_the_same():
