@@ -37,7 +37,7 @@ from rgsp_jax.pipeline.overview import versions
 from rgsp_jax.pipeline.plan import is_merged
 from rgsp_jax.pipeline.preparation import Preparation
 from rgsp_jax.registry import methods
-from rgsp_jax.training.objectives import OBJECTIVES, Answer, Batch, measure_agreement, measure_spread
+from rgsp_jax.training.objectives import Answer, Batch, measure_agreement, measure_spread
 from rgsp_jax.training.settings import LearnSettings
 from rgsp_jax.training.task import Task, choose_objective, find_twins, open_tasks
 from rgsp_jax.types import InputStatistics
@@ -250,9 +250,8 @@ class Run:
         k, batch = self.batches[index]
         task = self.tasks[k]
         answer = self._teach[k](expert_tree(self.family, k), task.own, task.head, batch)
-        wanted = {"pooled": ("features", "distillation+features"), "hidden": ("tokens",)}
-        keep = {field: self.objective in [OBJECTIVES[name] for name in names] for field, names in wanted.items()}
-        answer = answer._replace(**{field: None for field, kept in keep.items() if not kept})
+        kept = self.objective.reads | {"logits"}  # by which agreement is measured, whatever the loss
+        answer = answer._replace(**dict.fromkeys(set(Answer._fields) - kept))
         size = sum(x.nbytes for x in jax.tree.leaves(answer))
         if self._cached + size <= CACHED_BYTES:
             self._cached += size
@@ -261,7 +260,8 @@ class Run:
 
     def _measure_spread(self, k: int) -> dict[str, Array]:
         """Mean over a model's batches."""
-        found = [measure_spread(self.teach(i), batch) for i, (j, batch) in enumerate(self.batches) if j == k]
+        own = [i for i, (j, _) in enumerate(self.batches) if j == k]
+        found = [measure_spread(self.teach(i), self.batches[i][1], self.objective.reads) for i in own]
         return jax.tree.map(lambda *xs: jnp.mean(jnp.stack(xs)), *found)
 
     def arguments(self, index: int) -> tuple[Any, ...]:

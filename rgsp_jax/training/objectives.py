@@ -1,6 +1,6 @@
 """What a merged model is asked for, by name: losses of its answers beside those of the parent whose inputs they are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -108,31 +108,31 @@ class Objective(NamedTuple):
     """`loss(merged, teacher, batch, temperature, spread) -> scalar`."""
     needs: str
     """"logits", one for each input "classes", of each token "next tokens", "hidden" states, or "both"."""
-    taught: bool
-    """Whether it takes the parent's answers."""
+    reads: frozenset[str] = frozenset()
+    """Fields of the parent's Answer that it is measured by."""
 
 
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
-        "distillation": Objective(distil, "logits", True),
-        "features": Objective(match_features, "hidden", True),
-        "distillation+features": Objective(distil_both, "both", True),
-        "tokens": Objective(match_tokens, "hidden", True),
-        "entropy": Objective(be_certain, "logits", False),
-        "weighted-entropy": Objective(be_more_certain, "logits", False),
-        "cross-entropy": Objective(name_classes, "classes", False),
-        "next-token": Objective(tell_next, "next tokens", False),
+        "distillation": Objective(distil, "logits", frozenset({"logits"})),
+        "features": Objective(match_features, "hidden", frozenset({"pooled"})),
+        "distillation+features": Objective(distil_both, "both", frozenset({"logits", "pooled"})),
+        "tokens": Objective(match_tokens, "hidden", frozenset({"hidden"})),
+        "entropy": Objective(be_certain, "logits"),
+        "weighted-entropy": Objective(be_more_certain, "logits"),
+        "cross-entropy": Objective(name_classes, "classes"),
+        "next-token": Objective(tell_next, "next tokens"),
     }
 )
 """Name on the command line -> loss."""
 
 
-def measure_spread(teacher: Answer, batch: Batch) -> dict[str, Array]:
-    """Spread of a parent's own hidden states, the unit in which distances from them are counted."""
+def measure_spread(teacher: Answer, batch: Batch, reads: Collection[str]) -> dict[str, Array]:
+    """Spread of the parent's own hidden states that a loss reads, the unit in which distances from them are counted."""
     found = {}
-    if teacher.pooled is not None:
+    if "pooled" in reads:
         found["pooled"] = feature_spread(teacher.pooled, batch.rows)
-    if teacher.hidden is not None:
+    if "hidden" in reads:
         found["hidden"] = feature_spread(teacher.hidden, where_tokens(batch, teacher.hidden.shape[1]))
     return found
 

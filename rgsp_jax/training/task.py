@@ -30,7 +30,8 @@ from rgsp_jax.training.settings import LearnSettings
 
 SHORTEST = 16
 """Texts are padded to this many tokens times a power of two: few shapes to compile."""
-PARENT_DTYPE = np.float32
+COMPUTE_DTYPE = np.float32
+"""What models answer in, whatever their weights are on disk."""
 NEVER = -1e9
 """Logit of a class that a task does not have."""
 
@@ -173,7 +174,7 @@ def read_head(path: str, model: nnx.Module, label: str) -> Head:
         if set(file.specs) != {"weight", "bias"}:
             there = ", ".join(file.specs) or "nothing"
             raise RefusedError(f"the head {path} holds {there}; weight [classes, width] and bias [classes] are needed")
-        weight, bias = (jnp.asarray(file.read(name), PARENT_DTYPE) for name in ("weight", "bias"))
+        weight, bias = (jnp.asarray(file.read(name), COMPUTE_DTYPE) for name in ("weight", "bias"))
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise RefusedError(
             f"the head {path} has weight {list(weight.shape)} and bias {list(bias.shape)}; [classes, width] and "
@@ -272,7 +273,7 @@ def shape_weights(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the weights that are merged."""
     leaves = dict(nnx.to_flat_state(nnx.state(task.model)))
     return {
-        name: jax.ShapeDtypeStruct(to_torch_shape(leaves[place.path].shape, place.operation), PARENT_DTYPE)
+        name: jax.ShapeDtypeStruct(to_torch_shape(leaves[place.path].shape, place.operation), COMPUTE_DTYPE)
         for name, place in task.places.items()
         if name not in task.own
     }

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from rgsp_jax.pipeline import MergeConfig, merge_checkpoints, read_config_file
 from rgsp_jax.pipeline.config import parse_config
 from rgsp_jax.training import LearnSettings, run_learning
 from rgsp_jax.training.learn import HISTORY, STATE
+from rgsp_jax.training.objectives import OBJECTIVES, Answer, Batch, measure_spread
 
 QUICK = dict(steps=6, batch_size=4, save_every=2, learning_rate=0.02)
 
@@ -65,6 +67,32 @@ def configure(place, count=3, **fields):
 def settle(place, count=3, heads=False, **settings):
     given = {"heads": tuple(str(place / f"head-{k}.safetensors") for k in range(count))} if heads else {}
     return LearnSettings(data=tuple(str(place / f"{k}.jsonl") for k in range(count)), **given, **{**QUICK, **settings})
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_reads_what_it_says_of_the_parent(name):
+    """What it does not name is let go of, and what it names decides."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
+    tokens = name == "next-token"
+    merged, teacher, other = (Answer(draw(4, 3), draw(4, 6, 3), draw(*((4, 6) if tokens else (4,)), 5)) for _ in "abc")
+    ids = rng.integers(0, 5, (4, 6))
+    inputs = {"input_ids": jnp.asarray(ids), "attention_mask": jnp.ones((4, 6), bool)}
+    batch = Batch(inputs, jnp.asarray([True, True, True, False]), jnp.asarray([0, 1, 2, 0]))
+    objective = OBJECTIVES[name]
+
+    def measure(teacher):
+        spread = measure_spread(teacher, batch, objective.reads)
+        return float(objective.loss(merged, teacher, batch, 1.0, spread))
+
+    whole = measure(teacher)
+    assert np.isfinite(whole)
+    assert measure(teacher._replace(**dict.fromkeys(set(Answer._fields) - objective.reads))) == whole
+    for field in objective.reads:
+        assert measure(teacher._replace(**{field: getattr(other, field)})) != whole
 
 
 class StoppedError(Exception):
