@@ -19,7 +19,7 @@ from rgsp_jax.checkpoint.orbax_writer import convert_to_orbax
 from rgsp_jax.checkpoint.output import check_disk, check_output, format_bytes, publish
 from rgsp_jax.checkpoint.renamed import RenamedCheckpoint, as_on_disk
 from rgsp_jax.checkpoint.shard_plan import Placement, Shard, ShardPlan, plan_shards
-from rgsp_jax.checkpoint.shard_writer import ShardWriter, write_safetensors
+from rgsp_jax.checkpoint.shard_writer import ShardWriter, replace_file, write_safetensors
 from rgsp_jax.checkpoint.source import open_checkpoint
 from rgsp_jax.checkpoint.specs import DTYPES, Checkpoint, TensorSpec
 
@@ -60,6 +60,7 @@ __all__ = [
     "open_covariances",
     "plan_shards",
     "publish",
+    "replace_file",
     "save_huggingface",
     "save_orbax",
     "start_saving",

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from rgsp_jax.checkpoint import replace_file
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.merging import search_alpha
 from rgsp_jax.pipeline import MergeConfig, merge_checkpoints, prepare
@@ -143,10 +144,8 @@ def check_counts(found: Mapping[float, Sequence[str]], grid: Sequence[float]) ->
 
 def write_answers(out: Path, key: Mapping[str, str], found: Mapping[float, Iterable[str]]) -> None:
     """Everything answered so far, whole or as it was."""
-    fresh = out / f".{RESULTS}.writing"
     lines = (json.dumps({**key, "alpha": alpha, "answers": list(answers)}) + "\n" for alpha, answers in found.items())
-    fresh.write_text("".join(lines), encoding="utf-8")
-    fresh.replace(out / RESULTS)
+    replace_file(out / RESULTS, "".join(lines).encode())
 
 
 def read_answers(out: Path, key: Mapping[str, str]) -> dict[float, list[str]]:

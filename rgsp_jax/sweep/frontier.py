@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rgsp_jax.checkpoint import replace_file
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, merge_checkpoints, prepare
 from rgsp_jax.pipeline.spectra import write_spectra
@@ -191,9 +192,7 @@ SCORES = ("retention", "acquisition")
 
 def write_results(out: Path, points: Iterable[FrontierPoint]) -> None:
     """Everything scored so far, whole or as it was."""
-    fresh = out / f".{RESULTS}.writing"
-    fresh.write_text("".join(json.dumps(asdict(point)) + "\n" for point in points), encoding="utf-8")
-    fresh.replace(out / RESULTS)
+    replace_file(out / RESULTS, "".join(json.dumps(asdict(point)) + "\n" for point in points).encode())
 
 
 def read_results(out: Path) -> dict[str, FrontierPoint]:

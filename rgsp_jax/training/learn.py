@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
+from rgsp_jax.checkpoint import replace_file
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.learning import (
     LearningState,
@@ -395,9 +396,7 @@ def open_history(workshop: Path) -> list[Record]:
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """JSON lines, whole or as they were."""
-    fresh = path.with_name(f".{path.name}.writing")
-    fresh.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    fresh.replace(path)
+    replace_file(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
 
 
 def read_or_make(path: Path, make: Callable[[], Any]) -> Any:
@@ -405,9 +404,7 @@ def read_or_make(path: Path, make: Callable[[], Any]) -> Any:
     if path.exists():
         return json.loads(path.read_text())
     found = make()
-    fresh = path.with_name(f".{path.name}.writing")
-    fresh.write_text(json.dumps(found))
-    fresh.replace(path)
+    replace_file(path, json.dumps(found).encode())
     return found
 
 
