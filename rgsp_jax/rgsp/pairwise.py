@@ -342,17 +342,7 @@ def rgsp(
     """
     parts = prepare_pair(stack, rank, active_rank)
     coupled = couple_orders(
-        parts,
-        active_rank,
-        epsilon,
-        overlap,
-        temperature,
-        align_signs,
-        geometry,
-        fused_penalty,
-        symmetric,
-        w_q,
-        w_k,
+        parts, active_rank, epsilon, overlap, temperature, align_signs, geometry, fused_penalty, symmetric, w_q, w_k
     )
     return build_pair(stack, parts, coupled, active_rank, beta, projection, spectrum, total_importance, rest_term)
 
@@ -374,16 +364,7 @@ def couple_orders(
 
     def couple(parts: PairParts) -> PairCoupling:
         return couple_pair(
-            parts,
-            active_rank,
-            epsilon,
-            overlap,
-            temperature,
-            align_signs,
-            geometry,
-            fused_penalty,
-            w_q=w_q,
-            w_k=w_k,
+            parts, active_rank, epsilon, overlap, temperature, align_signs, geometry, fused_penalty, w_q=w_q, w_k=w_k
         )
 
     orders = [parts, parts.swap()] if symmetric else [parts]
