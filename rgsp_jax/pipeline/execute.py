@@ -6,15 +6,18 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rgsp_jax.checkpoint import Checkpoint, CovarianceFile, ShardWriter, digest
 from rgsp_jax.pipeline.journal import Journal
-from rgsp_jax.pipeline.kernels import NOTHING, ItemOutput, run_item
-from rgsp_jax.pipeline.plan import BLOCK, InputShape, MergePlan, Piece, TensorTask, WorkItem
+from rgsp_jax.pipeline.kernels import LAYERS, NOTHING, ItemOutput, run_item
+from rgsp_jax.pipeline.placement import Placement, Segment, Share, Wave, place_merge
+from rgsp_jax.pipeline.plan import BLOCK, Group, InputShape, MergePlan, Piece, TensorTask, WorkItem, count_rows
 from rgsp_jax.types import InputStatistics
 
 ALIGNMENT = 64
@@ -24,7 +27,7 @@ OnDone = Callable[[WorkItem], None]
 
 
 class ItemSources(NamedTuple):
-    """What is read for one item."""
+    """What is read for one item, or for one device's share of a wave."""
 
     weights: tuple[np.ndarray, ...]
     """One buffer per model: [capacity, m, n], or [capacity, block]."""
@@ -63,33 +66,41 @@ def execute(
     with_base: bool,
     on_done: OnDone,
     compute: Compute | None = None,
+    placement: Placement | None = None,
 ) -> None:
     """Do every item the journal does not have yet.
 
-    One thread reads ahead, the caller's thread computes, one thread writes; at most `IN_FLIGHT` items are in memory.
+    One thread reads ahead, the caller's thread computes, one thread writes; at most `IN_FLIGHT` waves are in memory.
     On any exception the journal holds exactly the items whose data are written. `compute` takes the place of
-    `compute_item`.
+    `compute_item`, on one device; `placement` says which devices there are otherwise.
     """
+    placement = placement or place_merge(plan, devices=1)
+    if compute is not None:
+        placement = replace(placement, devices=placement.devices[:1])
     compute = compute or compute_item
     pending = [item for item in plan.items if item.index not in journal.entries]
     reader, scribe = ThreadPoolExecutor(1, "rgsp-read"), ThreadPoolExecutor(1, "rgsp-write")
-    reads: deque[tuple[WorkItem, Future[ItemSources]]] = deque()
+    reads: deque[tuple[Wave, Future[list[ItemSources]]]] = deque()
     write: Future[None] | None = None
     try:
-        ahead = iter(pending)
-        for item in itertools.islice(ahead, 1):
-            reads.append((item, reader.submit(read_item, plan, item, checkpoints, covariances)))
+        ahead = iter(placement.waves(pending))
+        for wave in itertools.islice(ahead, 1):
+            reads.append((wave, reader.submit(read_wave, plan, wave, checkpoints, covariances)))
         while reads:
-            item, read = reads.popleft()
+            wave, read = reads.popleft()
             sources = read.result()
             for following in itertools.islice(ahead, 1):
-                reads.append((following, reader.submit(read_item, plan, following, checkpoints, covariances)))
-            output = compute(plan, item, sources, seed, with_base)
+                reads.append((following, reader.submit(read_wave, plan, following, checkpoints, covariances)))
+            outputs: Sequence[ItemOutput | None]
+            if wave.shares[1:]:
+                outputs = compute_wave(plan, wave, sources, seed, with_base, placement.devices)
+            else:
+                outputs = [compute(plan, wave.items[0], sources[0], seed, with_base)]
             if write is not None:
                 write.result()
-            pieces = copied_pieces(item, sources.weights[0]) if output is None else merged_pieces(plan, item, output)
-            write = scribe.submit(write_item, item, pieces, writer, journal, on_done)
-            del sources, output, pieces, read
+            merged = merged_items(plan, wave, outputs, sources)
+            write = scribe.submit(write_items, merged, writer, journal, on_done)
+            del sources, outputs, merged, read
         if write is not None:
             write.result()
     finally:
@@ -99,8 +110,21 @@ def execute(
         scribe.shutdown(wait=True)
 
 
+def read_wave(
+    plan: MergePlan, wave: Wave, checkpoints: Sequence[Checkpoint], covariances: Sequence[CovarianceFile] = ()
+) -> list[ItemSources]:
+    """What every device takes; one that nothing is left for repeats the first one's."""
+    found: list[ItemSources] = []
+    for share in wave.shares:
+        found.append(read_item(plan, share, checkpoints, covariances) if share.pieces else found[0])
+    return found
+
+
 def read_item(
-    plan: MergePlan, item: WorkItem, checkpoints: Sequence[Checkpoint], covariances: Sequence[CovarianceFile] = ()
+    plan: MergePlan,
+    item: WorkItem | Share,
+    checkpoints: Sequence[Checkpoint],
+    covariances: Sequence[CovarianceFile] = (),
 ) -> ItemSources:
     """Everything the item's kernel takes, straight from the files."""
     group = item.group
@@ -112,7 +136,7 @@ def read_item(
         fill = read_matrix if group.action == "matrices" else read_blocks
         for piece in item.pieces:
             fill(plan.tasks[piece.name], piece, checkpoint, buffer)
-        used = item.pieces[-1].slot + (1 if group.action == "matrices" else -(-item.pieces[-1].size // BLOCK))
+        used = item.pieces[-1].slot + count_rows(group, item.pieces[-1])
         buffer[used:] = buffer[:1] if group.action == "matrices" else 0
     if group.inputs is None:
         return ItemSources(buffers)
@@ -120,7 +144,7 @@ def read_item(
 
 
 def read_inputs(
-    plan: MergePlan, item: WorkItem, shape: InputShape, covariances: Sequence[CovarianceFile]
+    plan: MergePlan, item: WorkItem | Share, shape: InputShape, covariances: Sequence[CovarianceFile]
 ) -> InputStatistics:
     """What the files hold of the inputs of every slot of an item."""
     b, c = item.capacity, shape.models
@@ -138,7 +162,7 @@ def read_inputs(
     return InputStatistics(*(buffers.get(name) for name in InputStatistics._fields))  # type: ignore[arg-type]
 
 
-def read_copies(item: WorkItem, checkpoint: Checkpoint, dtype: np.dtype) -> np.ndarray:
+def read_copies(item: WorkItem | Share, checkpoint: Checkpoint, dtype: np.dtype) -> np.ndarray:
     """The item's tensors one behind the other."""
     buffer = np.empty(sum(p.size for p in item.pieces), dtype)
     start = 0
@@ -173,16 +197,77 @@ def compute_item(
     """Run the kernel and wait for it; None where there is nothing to compute."""
     if item.group.action == "copy":
         return None
+    salts = name_slots(item)
+    with jax.enable_x64(in_double(item.group)):
+        weights, inputs = jax.device_put(sources)
+        return jax.device_get(run_item(item.group, weights, salts, seed, with_base, inputs))
+
+
+def compute_wave(
+    plan: MergePlan,
+    wave: Wave,
+    sources: Sequence[ItemSources],
+    seed: int,
+    with_base: bool,
+    devices: Sequence[jax.Device],
+) -> list[ItemOutput]:
+    """Run the kernel on all devices at once and wait for it: every share's output."""
+    mesh = Mesh(np.array(devices[: len(wave.shares)]), (LAYERS,))
+    placed = NamedSharding(mesh, PartitionSpec(LAYERS))
+
+    def join(*shards: jax.Array) -> jax.Array:
+        shape = (len(shards) * shards[0].shape[0], *shards[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, placed, shards)
+
+    def split(x: jax.Array) -> list[jax.Array]:
+        return [shard.data for shard in sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)]
+
+    salts = np.concatenate([name_slots(share) for share in wave.shares])
+    with jax.enable_x64(in_double(wave.group)):
+        own = [jax.device_put(of, device) for of, device in zip(sources, mesh.devices, strict=True)]
+        weights, inputs = jax.tree.map(join, *own)
+        output = run_item(wave.group, weights, salts, seed, with_base, inputs, mesh)
+        leaves, structure = jax.tree.flatten(output)
+        shards = jax.device_get([split(x) for x in leaves])
+        return [jax.tree.unflatten(structure, of_share) for of_share in zip(*shards, strict=True)]
+
+
+def name_slots(item: WorkItem | Share) -> np.ndarray:
+    """[capacity, 2] numbers that tell every matrix or block of the models from every other one."""
     salts = np.zeros((item.capacity, 2), np.uint32)
     for piece in item.pieces:
-        count = 1 if item.group.action == "matrices" else -(-piece.size // BLOCK)
+        count = count_rows(item.group, piece)
         first = piece.start // (piece.size or 1) if item.group.action == "matrices" else piece.start // BLOCK
         salts[piece.slot : piece.slot + count, 0] = zlib.crc32(piece.name.encode())
         salts[piece.slot : piece.slot + count, 1] = np.arange(first, first + count)
-    double = np.float64 in (*item.group.in_dtypes, item.group.out_dtype)
-    with jax.enable_x64(double):
-        weights, inputs = jax.device_put(sources)
-        return jax.device_get(run_item(item.group, weights, salts, seed, with_base, inputs))
+    return salts
+
+
+def in_double(group: Group) -> bool:
+    """True where float64 comes in or goes out."""
+    return np.float64 in (*group.in_dtypes, group.out_dtype)
+
+
+def merged_items(
+    plan: MergePlan, wave: Wave, outputs: Sequence[ItemOutput | None], sources: Sequence[ItemSources]
+) -> list[tuple[WorkItem, Iterable[MergedPiece]]]:
+    """What is to be written for every item of a wave."""
+    found: list[tuple[WorkItem, Iterable[MergedPiece]]] = []
+    for item, segments in zip(wave.items, wave.segments, strict=True):
+        known = [output for output in outputs if output is not None]
+        if known:
+            found.append((item, merged_pieces(plan, item, known, segments)))
+        else:
+            found.append((item, copied_pieces(item, sources[0].weights[0])))
+    return found
+
+
+def write_items(
+    merged: list[tuple[WorkItem, Iterable[MergedPiece]]], writer: ShardWriter, journal: Journal, on_done: OnDone
+) -> None:
+    """Write the items of a wave one after the other."""
+    for item, pieces in merged:
+        write_item(item, pieces, writer, journal, on_done)
 
 
 def write_item(
@@ -210,12 +295,14 @@ def copied_pieces(item: WorkItem, buffer: np.ndarray) -> Iterable[MergedPiece]:
         start += piece.size
 
 
-def merged_pieces(plan: MergePlan, item: WorkItem, output: ItemOutput) -> Iterable[MergedPiece]:
+def merged_pieces(
+    plan: MergePlan, item: WorkItem, outputs: Sequence[ItemOutput], segments: Sequence[Segment]
+) -> Iterable[MergedPiece]:
     """Merged data of every piece in disk order, with its part of the report."""
+    output = join_segments(outputs, segments)
     for piece in item.pieces:
         task = plan.tasks[piece.name]
-        count = 1 if item.group.action == "matrices" else -(-piece.size // BLOCK)
-        rows = slice(piece.slot, piece.slot + count)
+        rows = slice(piece.slot, piece.slot + count_rows(item.group, piece))
         data = np.asarray(output.merged[rows])
         if item.group.action == "matrices" and task.view is not None:
             data = task.view.slice_view.from_matrices(data)
@@ -229,6 +316,15 @@ def merged_pieces(plan: MergePlan, item: WorkItem, output: ItemOutput) -> Iterab
         if output.stats:
             record["stats"] = {name: plain(x[piece.slot]) for name, x in sorted(output.stats.items())}
         yield piece, data, clean(record)
+
+
+def join_segments(outputs: Sequence[ItemOutput], segments: Sequence[Segment]) -> ItemOutput:
+    """An item's own rows; a copy only where they were merged on several devices."""
+    if len(segments) == 1:
+        ((share, start, stop),) = segments
+        return jax.tree.map(lambda x: x[start:stop], outputs[share])
+    parts = [jax.tree.map(lambda x, s=segment: x[s.start : s.stop], outputs[segment.share]) for segment in segments]
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 def plain(x: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from rgsp_jax.batching import map_batch
@@ -15,6 +16,8 @@ from rgsp_jax.pipeline.plan import CHUNK, Group
 from rgsp_jax.registry import methods
 from rgsp_jax.types import InputStatistics, MergeOutput
 
+LAYERS = "layers"
+"""Axis of a mesh whose devices take matrices, or chunks of elements, of their own each."""
 NOTHING = InputStatistics()
 """For methods that need no covariances."""
 Static = tuple[tuple[str, Any], ...]
@@ -65,8 +68,9 @@ def run_item(
     seed: int,
     with_base: bool,
     inputs: InputStatistics = NOTHING,
+    mesh: Mesh | None = None,
 ) -> ItemOutput:
-    """Merge one item on the device.
+    """Merge one item on the device, or a wave on all devices of a mesh.
 
     Args:
         group: what to do.
@@ -75,17 +79,23 @@ def run_item(
         seed: of the run.
         with_base: the last source is the common ancestor.
         inputs: [b, c, ...] of every slot, for methods that need covariances.
+        mesh: with an axis LAYERS that `sources` and `inputs` are divided over by b.
     """
     method = methods[group.method]
     static, traced = split_static(method, group.hyperparameters)
-    return compile_item(group.action, group.method, static, group.out_dtype, with_base)(
+    return compile_item(group.action, group.method, static, group.out_dtype, with_base, mesh)(
         sources, traced, salts, np.uint32(seed), inputs
     )
 
 
 @functools.cache
-def compile_item(action: str, name: str, static: Static, out_dtype: np.dtype, with_base: bool) -> Any:
-    """The jitted kernel of one method with its static hyperparameters; shapes and dtypes retrace it."""
+def compile_item(
+    action: str, name: str, static: Static, out_dtype: np.dtype, with_base: bool, mesh: Mesh | None = None
+) -> Any:
+    """The jitted kernel of one method with its static hyperparameters; shapes and dtypes retrace it.
+
+    On a mesh every device runs it on its own rows, by itself.
+    """
     method = methods[name]
 
     def merge_one(
@@ -118,7 +128,17 @@ def compile_item(action: str, name: str, static: Static, out_dtype: np.dtype, wi
         output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
         return output._replace(merged=output.merged[:, 0])
 
-    return jax.jit(merge_elements if action == "elements" else merge_matrices)
+    kernel = merge_elements if action == "elements" else merge_matrices
+    return jax.jit(kernel) if mesh is None else divide_layers(kernel, mesh)
+
+
+def divide_layers(kernel: Any, mesh: Mesh) -> Any:
+    """The jitted kernel, run on each device's own rows: nothing passes between devices."""
+    own, whole = PartitionSpec(LAYERS), PartitionSpec()
+    specs = own, whole, own, whole, own
+    # What is known of a device's values only serves collectives, and there are none.
+    divided = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
+    return jax.jit(divided, in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs))
 
 
 def measure_output(

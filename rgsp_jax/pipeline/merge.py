@@ -34,6 +34,7 @@ from rgsp_jax.pipeline.execute import Compute, execute
 from rgsp_jax.pipeline.journal import NAME as JOURNAL
 from rgsp_jax.pipeline.journal import Journal
 from rgsp_jax.pipeline.overview import dominant_dtype, needs_dtype, summarise, versions, write_overview
+from rgsp_jax.pipeline.placement import Placement, place_merge
 from rgsp_jax.pipeline.plan import MergePlan, WorkItem
 from rgsp_jax.pipeline.preparation import Preparation, check_buffers, check_covariances, prepare
 from rgsp_jax.pipeline.records import build_records, collect_pieces, find_bad_inputs, find_bad_outputs
@@ -73,6 +74,7 @@ def merge_checkpoints(
     progress: Progress | None = None,
     compute: Compute | None = None,
     overview: bool = True,
+    devices: int | None = None,
 ) -> MergeResult:
     """Merge models into the directory `out`, which appears complete or not at all.
 
@@ -86,6 +88,8 @@ def merge_checkpoints(
         progress: called as bytes are done.
         compute: how items are computed, where decompositions are at hand (`rgsp_jax.sweep`).
         overview: False leaves out report, model card and the models' hashes, for a merge that is used once.
+        devices: how many of this process's devices compute; None is all its accelerators, or one CPU device. The
+            result does not depend on it.
 
     Raises:
         RefusedError: what the user can mend, all of it at once; nothing is left behind.
@@ -99,6 +103,7 @@ def merge_checkpoints(
         clear_finished(out, workshop)
     with prepare(config, out) as preparation:
         plan = preparation.plan
+        placement = place_merge(plan, devices=devices)
         shards = plan_shards(plan.specs, config.max_shard_size)
         fresh = not workshop.exists()
         if problems := check_place(preparation, out, resume=resume):
@@ -118,7 +123,7 @@ def merge_checkpoints(
                     journal = stack.enter_context(closing(Journal(workshop, fingerprint(preparation))))
                     writer = ShardWriter(workshop / MODEL, shards, resume=True)
                 resumed = forget_damaged(plan, journal, writer)
-                run(preparation, writer, journal, progress, compute)
+                run(preparation, writer, journal, progress, compute, placement)
                 pieces = collect_pieces(journal.entries.values())
                 with discarded_on_refusal(workshop, True):
                     refuse_non_finite(preparation, pieces)
@@ -231,6 +236,7 @@ def run(
     journal: Journal,
     progress: Progress | None,
     compute: Compute | None = None,
+    placement: Placement | None = None,
 ) -> None:
     """Do what the journal does not have, reporting bytes read and written."""
     plan = preparation.plan
@@ -253,6 +259,7 @@ def run(
         with_base=preparation.with_base,
         on_done=on_done,
         compute=compute,
+        placement=placement,
     )
 
 

@@ -143,6 +143,12 @@ class WorkItem:
     """Matrix slots or blocks of the kernel; the last item of a group may leave some empty."""
 
     @property
+    def steps(self) -> int:
+        """Of the kernel, for what the item holds."""
+        last = self.pieces[-1]
+        return -(-(last.slot + count_rows(self.group, last)) // step_rows(self.group))
+
+    @property
     def bytes_in(self) -> int:
         weights = sum(p.size for p in self.pieces) * sum(d.itemsize for d in self.group.in_dtypes)
         return weights + (len(self.pieces) * self.group.inputs.bytes if self.group.inputs else 0)
@@ -164,6 +170,8 @@ class MergePlan:
     """Bytes above the process's size after import."""
     flops: float
     problems: tuple[str, ...] = field(default=())
+    memory: int = 0
+    """Bytes that the merge may take so."""
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -224,7 +232,7 @@ def plan_merge(
         items += make_items(group, tensors, capacity, len(items))
     groups = tuple(group for group, _ in ordered)
     flops = sum(estimate_flops(t) for t in tasks.values())
-    return MergePlan(tasks, tuple(items), groups, peak, flops, tuple(problems))
+    return MergePlan(tasks, tuple(items), groups, peak, flops, tuple(problems), config.memory)
 
 
 def plan_tensor(
@@ -324,22 +332,32 @@ def group_of(task: TensorTask) -> Group:
 
 def size_item(group: Group, tensors: Sequence[TensorTask], memory: int) -> tuple[int, int]:
     """(matrix slots or blocks in one item, bytes the merge takes with such items)."""
-    per_element = sum(d.itemsize for d in group.in_dtypes) + group.out_dtype.itemsize
+    unit, step = step_rows(group), step_bytes(group)
     if group.action != "matrices":
         blocks = sum(-(-t.size // BLOCK) for t in tensors)
-        unit = CHUNK if group.action == "elements" else 1
-        afford = memory // (IN_FLIGHT * unit * BLOCK * per_element)
-        capacity = unit * max(1, min(-(-blocks // unit), ITEM_ELEMENTS // (unit * BLOCK), afford))
-        return capacity, IN_FLIGHT * capacity * BLOCK * per_element
+        steps = max(1, min(-(-blocks // unit), ITEM_ELEMENTS // (unit * BLOCK), memory // (IN_FLIGHT * step)))
+        return unit * steps, IN_FLIGHT * steps * step
     m, n = group.matrix
     workspace = matrix_workspace(group)
     slots = sum(t.view.matrices[0] for t in tensors if t.view)
-    slot = m * n * per_element + (group.inputs.bytes if group.inputs else 0)
-    afford = (memory - workspace) // (IN_FLIGHT * slot)
+    afford = (memory - workspace) // (IN_FLIGHT * step)
     elements = ITEM_ELEMENTS // (FACTOR_SHARE if is_factorised(group.method) else 1)
     most = max(1, min(slots, elements // (m * n), afford))
     capacity = -(-slots // -(-slots // most))  # even items, so that padding is least
-    return capacity, IN_FLIGHT * capacity * slot + workspace
+    return capacity, IN_FLIGHT * capacity * step + workspace
+
+
+def step_rows(group: Group) -> int:
+    """Matrix slots or blocks that one step of the kernel takes: what no two devices share."""
+    return CHUNK if group.action == "elements" else 1
+
+
+def step_bytes(group: Group) -> int:
+    """Bytes read and written for the slots or blocks of one step of the kernel."""
+    per_element = sum(d.itemsize for d in group.in_dtypes) + group.out_dtype.itemsize
+    if group.action != "matrices":
+        return step_rows(group) * BLOCK * per_element
+    return math.prod(group.matrix) * per_element + (group.inputs.bytes if group.inputs else 0)
 
 
 def matrix_workspace(group: Group) -> int:
@@ -364,6 +382,11 @@ def is_factorised(method: str) -> bool:
 def rank_of(method: str, hyperparameters: Mapping[str, Any], m: int, n: int) -> int:
     """The rank a method uses on an m x n matrix; full where it has none to set."""
     return resolve_rank(hyperparameters.get("rank", methods[method].defaults.get("rank", min(m, n))), m, n)
+
+
+def count_rows(group: Group, piece: Piece) -> int:
+    """Matrix slots or blocks of a piece."""
+    return 1 if group.action == "matrices" else -(-piece.size // BLOCK)
 
 
 def make_items(group: Group, tensors: Sequence[TensorTask], capacity: int, first_index: int) -> list[WorkItem]:
