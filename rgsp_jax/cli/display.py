@@ -74,11 +74,16 @@ def show_plan(description: Mapping[str, Any]) -> None:
     for row in description["rules"]:
         table.add_row(row["rule"], row["method"], str(row["tensors"]), f"{row['parameters']:,}")
     console.print(table)
-    table = Table("method", "shape", "dtypes", "tensors", "items", title="Groups of equal work", title_justify="left")
+    spread = ("waves", "devices", "idle") if description["devices"] > 1 else ()
+    columns = ("method", "shape", "dtypes", "tensors", "items", *spread)
+    table = Table(*columns, title="Groups of equal work", title_justify="left")
     for row in description["groups"]:
         shape = "x".join(map(str, row["matrix"])) if row["matrix"] else "any"
-        table.add_row(row["method"], shape, row["dtypes"], str(row["tensors"]), str(row["items"]))
+        dealt = (str(row["waves"]), str(row["devices"]), f"{row['idle_share']:.0%}") if spread else ()
+        table.add_row(row["method"], shape, row["dtypes"], str(row["tensors"]), str(row["items"]), *dealt)
     console.print(table)
+    if spread:
+        console.print(f"on {description['devices']} {description['platform']} devices", highlight=False)
     console.print(
         f"reads {format_bytes(description['bytes_in'])}, writes {format_bytes(description['bytes_out'])}"
         f" in {description['shards']} file(s), {description['flops']:.2g} FLOPs, peak memory"

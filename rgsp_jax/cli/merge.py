@@ -15,6 +15,7 @@ from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, describe_plan, merge_checkpoints, parse_config, prepare, read_config_file
 from rgsp_jax.pipeline.config import parse_yaml, read_yaml
 from rgsp_jax.pipeline.merge import check_place, name_workshop
+from rgsp_jax.pipeline.placement import place_merge
 
 
 def parse_assignment(text: str, where: str) -> tuple[str, Any]:
@@ -98,6 +99,7 @@ def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str
 @click.option("--max-shard-size", help="Default 5GB.")
 @click.option("--memory", help="Memory to take above the process's own. Default 1GB.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="For methods that draw random numbers.")
+@click.option("--devices", type=int, help="Of this machine's. Default: all its accelerators, or one CPU device.")
 @click.option("--plan", "plan_only", is_flag=True, help="Read headers only, say what would happen, write nothing.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted merge.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
@@ -105,6 +107,7 @@ def merge(
     models: tuple[str, ...],
     out: Path | None,
     config: str | None,
+    devices: int | None,
     plan_only: bool,
     resume: bool,
     as_json: bool,
@@ -112,23 +115,31 @@ def merge(
 ) -> None:
     """Merge MODELs (Hugging Face or Orbax directories, weight files, hf://owner/name) into a directory."""
     settings = build_config(models, config, flags)
-    run_merge(settings, out, plan_only=plan_only, resume=resume, as_json=as_json)
+    run_merge(settings, out, plan_only=plan_only, resume=resume, as_json=as_json, devices=devices)
 
 
-def run_merge(settings: MergeConfig, out: Path | None, *, plan_only: bool, resume: bool, as_json: bool) -> None:
+def run_merge(
+    settings: MergeConfig,
+    out: Path | None,
+    *,
+    plan_only: bool,
+    resume: bool,
+    as_json: bool,
+    devices: int | None = None,
+) -> None:
     """Plan or merge, and show what came of it."""
     if plan_only:
         with prepare(settings, out) as preparation:
             if out is not None and (problems := check_place(preparation, out, resume=resume)):
                 raise RefusedError(problems)
-            description = describe_plan(preparation)
+            description = describe_plan(preparation, place_merge(preparation.plan, devices=devices))
         click.echo(json.dumps(description, indent=2)) if as_json else show_plan(description)
         return
     if out is None:
         raise RefusedError("say where to write with --out DIR, or look first with --plan")
     try:
         with progress_bars() as progress:
-            result = merge_checkpoints(settings, out, resume=resume, progress=progress)
+            result = merge_checkpoints(settings, out, resume=resume, progress=progress, devices=devices)
     except KeyboardInterrupt:
         workshop = name_workshop(out)
         if workshop.exists():

@@ -1,12 +1,15 @@
 """A plan in plain data, for `--plan`: what would be done, and about how long it would take here."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from rgsp_jax.checkpoint import plan_shards
+from rgsp_jax.pipeline.placement import Placement, Wave, place_merge
+from rgsp_jax.pipeline.plan import step_rows
 from rgsp_jax.pipeline.preparation import Preparation
 
 DISK_RATE = 0.8e9
@@ -17,9 +20,16 @@ COMPILE_SECONDS = 3.0
 """Of one group with a factorisation."""
 
 
-def describe_plan(preparation: Preparation) -> dict[str, Any]:
-    """Tensors by rule, groups, bytes, FLOPs, peak memory and a rough time."""
+def describe_plan(preparation: Preparation, placement: Placement | None = None) -> dict[str, Any]:
+    """Tensors by rule, groups and how they are dealt out, bytes, FLOPs, peak memory and a rough time.
+
+    Without a placement it is that of one device.
+    """
     plan, config = preparation.plan, preparation.config
+    placement = placement or place_merge(plan, devices=1)
+    waves: defaultdict[int, list[Wave]] = defaultdict(list)
+    for wave in placement.waves(plan.items):
+        waves[id(wave.group)].append(wave)
     rules = Counter((t.kind, t.method) for t in plan.tasks.values())
     sizes: Counter[tuple[str, str]] = Counter()
     for task in plan.tasks.values():
@@ -35,6 +45,7 @@ def describe_plan(preparation: Preparation) -> dict[str, Any]:
                 "dtypes": f"{'+'.join(d.name for d in group.in_dtypes)} -> {group.out_dtype.name}",
                 "tensors": len({p.name for item in items for p in item.pieces}),
                 "items": len(items),
+                **describe_waves(waves[id(group)], len(placement.devices)),
             }
         )
     return {
@@ -46,12 +57,26 @@ def describe_plan(preparation: Preparation) -> dict[str, Any]:
             for (kind, method), count in rules.items()
         ],
         "groups": groups,
+        "devices": len(placement.devices),
+        "platform": placement.devices[0].platform,
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
         "shards": len(plan_shards(plan.specs, config.max_shard_size).shards),
         "flops": plan.flops,
-        "peak_memory": plan.peak_memory,
+        "peak_memory": placement.peak_memory(plan),
         "seconds": estimate_seconds(preparation),
+    }
+
+
+def describe_waves(waves: Sequence[Wave], devices: int) -> dict[str, Any]:
+    """How a group is dealt out: what one device holds of a wave, and the share of all devices' work that is padding."""
+    steps = sum(wave.steps for wave in waves)
+    copied = waves[0].group.action == "copy"
+    return {
+        "waves": len(waves),
+        "devices": len(waves[0].shares),
+        "slots_per_device": waves[0].steps * step_rows(waves[0].group),
+        "idle_share": 0.0 if copied else round(1 - sum(wave.used for wave in waves) / (steps * devices), 4),
     }
 
 

@@ -119,6 +119,12 @@ class Placement:
                     best = rank, size
         return best[1]
 
+    def peak_memory(self, plan: MergePlan) -> int:
+        """Bytes of the host's above the process's size after import."""
+        return max(
+            (self.count_bytes(w.group, Size(1, len(w.shares), w.steps)) for w in self.waves(plan.items)), default=0
+        )
+
     def waves(self, items: Iterable[WorkItem]) -> Iterator[Wave]:
         """The items, in their order, joined into waves; a group's have one shape, the last may have another."""
         for _, members in itertools.groupby(items, key=lambda item: id(item.group)):

@@ -48,8 +48,8 @@ def test_description(tmp_path, plain_report):
     with prepare(config) as preparation:
         found = describe_plan(preparation)
     assert set(found) == {
-        "models", "base", "method", "rules", "groups", "bytes_in", "bytes_out", "shards", "flops", "peak_memory",
-        "seconds",
+        "models", "base", "method", "rules", "groups", "devices", "platform", "bytes_in", "bytes_out", "shards",
+        "flops", "peak_memory", "seconds",
     }  # fmt: skip
     assert (found["models"], found["base"], found["method"]) == (models[:2], None, "rgsp")
     rules = {(row["rule"], row["method"]): (row["tensors"], row["parameters"]) for row in found["rules"]}
@@ -75,6 +75,9 @@ def test_description(tmp_path, plain_report):
     assert found["flops"] > 0 and found["seconds"] > 0
     assert found["shards"] == 3  # the embedding has one of its own
     assert 0 < found["peak_memory"] <= config.memory
+    assert (found["devices"], found["platform"]) == (1, "cpu")
+    assert all((row["devices"], row["waves"]) == (1, row["items"]) for row in found["groups"])
+    assert found["peak_memory"] == preparation.plan.peak_memory
 
 
 def test_a_merge_does_what_was_planned(tmp_path, plain_report):
