@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from rgsp_jax.linalg.dense import TallMatrix, is_orthonormal, matmul, scale_columns
+from rgsp_jax.linalg.dense import TallMatrix, column_norms, matmul, scale_columns
+from rgsp_jax.linalg.qr import orthonormalise, thin_qr
+from rgsp_jax.linalg.rows import largest_part
 
 _MAX_ROUNDS = 20
 _MAX_DEGREE = 10
@@ -37,12 +39,12 @@ def filtered_subspaces(a: TallMatrix, rank: int, tolerance: float) -> tuple[Floa
     start = orthonormalise(a.transpose_times(a.times(start)))
 
     def rayleigh_ritz(v: Array, rounds: Array) -> _Round:
-        q, triangle = _qr(a.times(v))
+        q, triangle = thin_qr(a.times(v), a.axis)
         left, s, right_t = jnp.linalg.svd(triangle)
         u, v = matmul(q, left[:, :rank]), matmul(v, right_t.T)
         residual = a.transpose_times(u) - scale_columns(v[:, :rank], s[:rank])
-        error = jnp.max(jnp.linalg.norm(residual, axis=0)) / jnp.where(s[0] > 0, s[0], 1)
-        return _Round(u, v, s, error, rounds)
+        error = jnp.max(column_norms(residual)) / jnp.where(s[0] > 0, s[0], 1)
+        return _Round(u, v, s, largest_part(error, a.axis), rounds)
 
     def unfinished(state: _Round) -> Array:
         return (state.rounds < _MAX_ROUNDS) & (state.error > tolerance)
@@ -66,6 +68,7 @@ def _filter(a: TallMatrix, v: Array, s: Array, rank: int) -> Array:
     growth = jnp.log(_growth(top / half - 1) / _growth(jnp.maximum(s[rank - 1] ** 2 / half - 1, 1)))
     headroom = -0.5 * jnp.log(jnp.asarray(jnp.finfo(s.dtype).eps, s.dtype))
     degree = jnp.clip(jnp.floor(headroom / jnp.maximum(growth, smallest)), 2, _MAX_DEGREE).astype(jnp.int32)
+    degree = largest_part(degree, a.axis)  # what devices do in turns they do equally often
 
     def operator(x: Array) -> Array:
         return a.transpose_times(a.times(x)) / half - x
@@ -83,40 +86,3 @@ def _filter(a: TallMatrix, v: Array, s: Array, rank: int) -> Array:
 def _growth(x: Array) -> Array:
     """Growth per degree of a Chebyshev polynomial at x >= 1."""
     return x + jnp.sqrt(jnp.maximum(x * x - 1, 0))
-
-
-def orthonormalise(x: Float[Array, "m p"]) -> Float[Array, "m p"]:
-    """Orthonormal columns spanning x's, completed where x is rank deficient."""
-    return _qr(x)[0]
-
-
-def _qr(x: Float[Array, "m p"]) -> tuple[Float[Array, "m p"], Float[Array, "p p"]]:
-    return lax.platform_dependent(x, cpu=_householder_qr, default=cholesky_qr)
-
-
-def _householder_qr(x: Array) -> tuple[Array, Array]:
-    q, r = jnp.linalg.qr(x)
-    return q, r
-
-
-def cholesky_qr(x: Float[Array, "m p"]) -> tuple[Float[Array, "m p"], Float[Array, "p p"]]:
-    """CholeskyQR2 on column-scaled x, Householder QR where that breaks down.
-
-    Householder QR is a chain of small steps, slow on accelerators. Fukaya et al., ScalA 2014.
-    """
-    norms = jnp.linalg.norm(x, axis=0, keepdims=True)
-    norms = jnp.where(norms > 0, norms, 1)
-    q, first = _cholesky_round(x / norms)
-    q, second = _cholesky_round(q)
-    r = matmul(second, first) * norms
-    # A loop of at most one turn, not lax.cond, which under vmap would run the Householder QR for every lane.
-    _, q, r = lax.while_loop(
-        lambda state: ~state[0], lambda _: (jnp.asarray(True), *_householder_qr(x)), (is_orthonormal(q), q, r)
-    )
-    return q, r
-
-
-def _cholesky_round(x: Array) -> tuple[Array, Array]:
-    lower = jnp.linalg.cholesky(matmul(x.T, x))
-    q = lax.linalg.triangular_solve(lower, x, left_side=False, lower=True, transpose_a=True)
-    return q, lower.T

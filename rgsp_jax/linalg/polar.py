@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from rgsp_jax.linalg.dense import (
     TallMatrix,
+    column_norms,
     matmul,
     orthonormalise_by_newton_schulz,
     power_of_two_scale,
@@ -18,6 +19,8 @@ from rgsp_jax.linalg.dense import (
     widen,
 )
 from rgsp_jax.linalg.fallback import with_fallback
+from rgsp_jax.linalg.qr import tsqr
+from rgsp_jax.linalg.rows import ROWS, add_parts, is_divided, largest_part, map_parts, on_all_parts
 
 _MAX_POLISH = 12
 _CUTOFF = 64  # times eps times the largest singular value: what rounding leaves of a zero one, with room
@@ -75,53 +78,82 @@ def _any_shape(x: Array) -> Array:
 
 @jax.custom_jvp
 def _tall(x: Array) -> _Polar:
-    _, v = jnp.linalg.eigh(TallMatrix(x).gram(), symmetrize_input=False)
+    if is_divided(*x.shape):
+        return _Polar(*map_parts(lambda part: _factorise(part, ROWS), x, long=(True, False, False)))
+    return _factorise(x, None)
+
+
+def _factorise(x: Array, axis: str | None) -> _Polar:
+    """Of one matrix, or of that whose rows the devices of an axis share."""
+    _, v = jnp.linalg.eigh(TallMatrix(x, axis).gram(), symmetrize_input=False)
     xv = matmul(x, v)
     # Not the roots of the eigenvalues: in those of a null direction, the rounding of s_1^2 shows as sqrt(eps) s_1.
-    norms = jnp.linalg.norm(xv, axis=0)
+    norms = column_norms(xv, axis)
     relative = norms / jnp.maximum(jnp.max(norms), jnp.finfo(x.dtype).tiny)
     eps = float(jnp.finfo(x.dtype).eps)
     kept = relative > _CUTOFF * eps
     told_apart = jnp.all(~kept | (relative > 4 * math.sqrt(eps)))
     found = _Triples(scale_columns(xv, jnp.where(kept, 1 / jnp.where(kept, norms, 1), 0)), jnp.where(kept, norms, 0), v)
-    u, s, v = _full_svd_unless(x, told_apart, found)
+    if axis is None:
+        u, s, v = _full_svd_unless(x, told_apart, found)
+    else:
+        done = on_all_parts(told_apart, axis)
+        # A loop of at most one turn: all devices take it or none does.
+        _, (u, s, v) = lax.while_loop(
+            lambda state: ~state[0], lambda _: (jnp.asarray(True), _full_svd(x, axis)), (done, found)
+        )
     xv = matmul(x, v)
-    u = _polish(u)
+    u = _polish(u, axis)
     # The eigenvectors carry the rounding of the squared matrix. The factor is the one y for which y^T x is
     # symmetric: one Newton step towards that, with x itself, takes the error from eps k^2 to eps k, k the condition.
-    product = matmul(u.T, xv)
+    product = add_parts(matmul(u.T, xv), axis)
     total = s[:, None] + s[None, :]
     turn = jnp.where(total > 0, (product - product.T) / jnp.where(total > 0, total, 1), 0)
     factor = matmul(u + matmul(u, turn), v.T)
-    return _Polar(orthonormalise_by_newton_schulz(factor), v, s)
+    return _Polar(orthonormalise_by_newton_schulz(factor, axis), v, s)
 
 
 @with_fallback
 def _full_svd_unless(x: Array, _: _Triples) -> _Triples:
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    return _full_svd(x, None)
+
+
+def _full_svd(x: Array, axis: str | None) -> _Triples:
+    if axis is None:
+        u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    else:
+        q, triangle = tsqr(x, axis)
+        left, s, vt = jnp.linalg.svd(triangle)
+        u = matmul(q, left)
     kept = s > _CUTOFF * float(jnp.finfo(x.dtype).eps) * s[0]
     return _Triples(jnp.where(kept, u, 0), jnp.where(kept, s, 0), vt.T)
 
 
-def _polish(u: Array) -> Array:
+def _polish(u: Array, axis: str | None) -> Array:
     """Newton-Schulz until orthonormal; zero columns stay zero."""
-    kept = jnp.any(u != 0, axis=0).astype(u.dtype)
+    kept = largest_part(jnp.any(u != 0, axis=0).astype(u.dtype), axis)
     goal = 32 * float(jnp.finfo(u.dtype).eps)
 
     def gram_of(u: Array) -> Array:
-        return matmul(u.T, u)
+        return add_parts(matmul(u.T, u), axis)
+
+    def is_polished(u: Array) -> Array:
+        return on_all_parts(~(jnp.max(jnp.abs(gram_of(u) - jnp.diag(kept))) > goal), axis)
 
     # Newton-Schulz converges from singular values under sqrt(3).
     bound = jnp.max(jnp.sum(jnp.abs(gram_of(u)), axis=0))
     u = u * jnp.minimum(1, jnp.sqrt(2.5 / jnp.maximum(bound, 1)))
 
-    def unfinished(state: tuple[Array, Array]) -> Array:
-        u, count = state
-        return (count < _MAX_POLISH) & (jnp.max(jnp.abs(gram_of(u) - jnp.diag(kept))) > goal)
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
+        _, count, polished = state
+        return (count < _MAX_POLISH) & ~polished
 
-    return lax.while_loop(
-        unfinished, lambda state: (orthonormalise_by_newton_schulz(state[0]), state[1] + 1), (u, jnp.asarray(0))
-    )[0]
+    def polish(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        u, count, _ = state
+        u = orthonormalise_by_newton_schulz(u, axis)
+        return u, count + 1, is_polished(u)
+
+    return lax.while_loop(unfinished, polish, (u, jnp.asarray(0), is_polished(u)))[0]
 
 
 @_tall.defjvp

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rgsp_jax.linalg.dense import matmul, project_out, widen
+from rgsp_jax.linalg.qr import tsqr
+from rgsp_jax.linalg.rows import ROWS, is_divided, map_parts
 
 
 def subspace_overlap(
@@ -44,7 +46,10 @@ def principal_angles(u: Float[Array, "m r"], v: Float[Array, "m q"]) -> Float[Ar
         u, v = v, u
     cosines = jnp.linalg.svd(matmul(u.T, v), compute_uv=False)
     masked = jnp.diag(jnp.all(v == 0, axis=0).astype(v.dtype))
-    sines = jnp.linalg.svd(jnp.concatenate([project_out(u, v), masked]), compute_uv=False)
+    outside = project_out(u, v)
+    if is_divided(*outside.shape) and outside.shape[0] >= outside.shape[1]:
+        (outside,) = map_parts(lambda part: tsqr(part, ROWS)[1:], outside, long=(False,))
+    sines = jnp.linalg.svd(jnp.concatenate([outside, masked]), compute_uv=False)
     return jnp.arctan2(sines[::-1], cosines)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from linalg.matrices import check_truncated_svd, slow_decay, with_singular_values
 from rgsp_jax.linalg import truncated_svd
-from rgsp_jax.linalg.chebyshev import cholesky_qr
 from rgsp_jax.linalg.dense import TallMatrix, multiply_transposed
+from rgsp_jax.linalg.qr import cholesky_qr
 from rgsp_jax.linalg.svd_algorithms import ALGORITHMS, Problem, choose_algorithms
 
 M, N, RANK = 90, 70, 12
