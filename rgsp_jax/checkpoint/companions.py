@@ -25,7 +25,9 @@ SKIPPED_NAMES = re.compile(
 SKIPPED_FOLDERS = re.compile(
     r"(?i)^(checkpoint-\d+|global_step\d+|runs|logs|wandb|onnx|openvino|coreml|__pycache__|figures|assets|images)$"
 )
-OWN_FILES = frozenset({"report.jsonl", "report.html", "merge_config.yaml", "merge_summary.json", "alignment.json"})
+OWN_FILES = frozenset(
+    {"report.jsonl", "report.html", "merge_config.yaml", "merge_summary.json", "merge_processes.json", "alignment.json"}
+)
 """Names under which merges and alignments report on themselves; never copied from a parent that is one."""
 MAX_DEPTH = 4
 

@@ -12,7 +12,7 @@ mean k and `held_back` [h, n], rows of inputs that are in no sum. `moments` are 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -198,13 +198,17 @@ def write_covariances(
     write_safetensors(path, tensors, metadata)
 
 
-def find_foreign(covariances: CovarianceFile, checkpoint: Checkpoint) -> list[str]:
+def find_foreign(
+    covariances: CovarianceFile, checkpoint: Checkpoint, names: Collection[str | None] | None = None
+) -> list[str]:
     """One sentence per weight that the sites name and the model has not, or has with other values.
 
-    Every named tensor of the model is read and hashed.
+    Every tensor of the model that the sites name, and `names` where they are given, is read and hashed.
     """
     problems = []
     for name, site in covariances.site_of.items():
+        if names is not None and name not in names:
+            continue
         if name not in checkpoint.specs:
             problems.append(f"{covariances.path} has covariances of {name!r}, which {checkpoint.path} does not have")
         elif digest(checkpoint.read(name)) != site.weights[name]:

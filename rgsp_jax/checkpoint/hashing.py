@@ -18,3 +18,17 @@ def hash_file(path: Path | str) -> str:
     """SHA-256 (hexadecimal) of a file, streamed; other threads run meanwhile."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+def sample_file(path: Path | str) -> str:
+    """SHA-256 (hexadecimal) of a file's size and of blocks spread evenly over it: tells models apart, in no time."""
+    with Path(path).open("rb") as file:
+        size = file.seek(0, 2)
+        whole = hashlib.sha256(str(size).encode())
+        for i in range(SAMPLES):
+            file.seek(max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+            whole.update(file.read(SAMPLE_BYTES))
+    return whole.hexdigest()

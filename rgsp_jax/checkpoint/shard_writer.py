@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,27 +29,35 @@ class ShardWriter:
         directory: existing or new directory for the files.
         plan: where everything goes.
         resume: accept files that are there, provided that their header and size are the plan's.
+        numbers: of the shards that are this writer's; None is all. Other writers, in other processes as well, make
+            the others meanwhile.
+
+    Attributes:
+        shards: this writer's.
 
     Raises:
         RefusedError: not enough room, a file in the way, or files of another plan.
     """
 
-    def __init__(self, directory: Path | str, plan: ShardPlan, resume: bool = False):
+    def __init__(
+        self, directory: Path | str, plan: ShardPlan, resume: bool = False, numbers: Collection[int] | None = None
+    ):
         self.directory = Path(directory)
         self.plan = plan
+        self.shards = tuple(shard for i, shard in enumerate(plan.shards) if numbers is None or i in numbers)
         self.directory.mkdir(parents=True, exist_ok=True)
         made: list[Path] = []
         planned = {shard.file_name for shard in plan.shards}
         foreign = sorted(path for path in self.directory.glob("model*.safetensors") if path.name not in planned)
         problems = [f"{path} belongs to no shard of this output: remove it first" for path in foreign]
-        for shard in plan.shards:
+        for shard in self.shards:
             path = self.directory / shard.file_name
             if os.path.lexists(path):
                 problems += _find_mismatch(path, shard) if resume else [f"{path} is already there"]
         if problems:
             raise RefusedError(problems)
         try:
-            for shard in plan.shards:
+            for shard in self.shards:
                 path = self.directory / shard.file_name
                 if not path.exists():
                     _make_file(path, shard)
@@ -60,7 +68,7 @@ class ShardWriter:
             if error.errno not in FULL:
                 raise RefusedError(f"{self.directory} cannot be written: {error.strerror}") from None
             raise RefusedError(
-                f"{self.directory} has no room for the {format_bytes(plan.file_bytes)} of the output "
+                f"{self.directory} has no room for the {format_bytes(sum(s.size for s in self.shards))} of the output "
                 f"({error.strerror}): free some space or choose another place"
             ) from None
 
@@ -118,21 +126,28 @@ class ShardWriter:
         return path, placement.offset + start * spec.dtype.itemsize
 
     def finish(self) -> tuple[Path, ...]:
-        """Write the index where there are several files, and see everything onto the disk.
+        """See everything onto the disk; a writer of all shards also writes the index, where there are several files.
 
         Returns:
             Paths of all files written, index included.
         """
-        paths = [self.directory / shard.file_name for shard in self.plan.shards]
+        paths = [self.directory / shard.file_name for shard in self.shards]
         for path in paths:
             sync_file(path)
-        if len(paths) > 1:
-            index = {"metadata": {"total_size": self.plan.total_size}, "weight_map": self.plan.weight_map}
-            path = self.directory / INDEX_NAME
-            replace_file(path, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
-            paths.append(path)
+        if len(self.shards) == len(self.plan.shards):
+            paths += write_index(self.directory, self.plan)
         sync_directory(self.directory)
         return tuple(paths)
+
+
+def write_index(directory: Path, plan: ShardPlan) -> list[Path]:
+    """Write the index of a model of several files; the path written, none for a model of one file."""
+    if len(plan.shards) == 1:
+        return []
+    index = {"metadata": {"total_size": plan.total_size}, "weight_map": plan.weight_map}
+    path = directory / INDEX_NAME
+    replace_file(path, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    return [path]
 
 
 def write_exactly(descriptor: int, row: np.ndarray, position: int) -> None:

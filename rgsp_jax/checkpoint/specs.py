@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -97,6 +98,7 @@ class Checkpoint(ABC):
         companions: relative paths of what belongs to the model besides weights; empty for a lone file.
         config: the parsed `config.json`, or None.
         metadata: what the file format itself records (string map of safetensors, custom metadata of Orbax).
+        bytes_read: bytes of elements that `read_into` has delivered so far.
 
     Reads are thread-safe. The file must not change while open: a changed file is refused at the next read.
     """
@@ -123,6 +125,8 @@ class Checkpoint(ABC):
         self.companions = companions
         self.config = config
         self.metadata: Mapping[str, Any] = MappingProxyType(dict(metadata or {}))
+        self.bytes_read = 0
+        self._counting = Lock()
 
     def read_into(self, name: str, out: np.ndarray, start: int = 0) -> None:
         """Fill `out` with the flat elements `[start, start + out.size)` of tensor `name`.
@@ -145,6 +149,8 @@ class Checkpoint(ABC):
             raise ValueError(f"elements [{start}, {start + out.size}) leave {name!r}, which has {spec.size}")
         if out.size:
             self._fill(spec, out.reshape(-1), start)
+            with self._counting:
+                self.bytes_read += out.nbytes
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor as a fresh C-contiguous array."""

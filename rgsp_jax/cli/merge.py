@@ -2,20 +2,28 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
+from rich.console import Console
+from rich.table import Table
 
+from rgsp_jax.checkpoint import format_bytes
 from rgsp_jax.cli.display import progress_bars, show_plan, show_result
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, describe_plan, merge_checkpoints, parse_config, prepare, read_config_file
-from rgsp_jax.pipeline.config import parse_yaml, read_yaml
-from rgsp_jax.pipeline.merge import check_place, name_workshop
-from rgsp_jax.pipeline.placement import place_merge
+from rgsp_jax.pipeline.config import parse_size, parse_yaml, read_yaml
+from rgsp_jax.pipeline.decision import check_place
+from rgsp_jax.pipeline.launch import connect_processes
+from rgsp_jax.pipeline.parts import describe_parts
+from rgsp_jax.pipeline.placement import Devices, place_merge
+from rgsp_jax.pipeline.processes import Team
+from rgsp_jax.pipeline.workshop import name_workshop
 
 
 def parse_assignment(text: str, where: str) -> tuple[str, Any]:
@@ -74,6 +82,14 @@ def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str
     return parse_config(fields, config or "command line")
 
 
+def read_devices(count: int | None, memory: str | None) -> Devices:
+    """What --devices and --device-memory say."""
+    try:
+        return Devices(count, None if memory is None else parse_size(memory))
+    except ValueError as error:
+        raise RefusedError(f"--device-memory {error}") from None
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("models", nargs=-1, metavar="MODEL...")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory to create.")
@@ -100,6 +116,13 @@ def build_config(models: tuple[str, ...], config: str | None, flags: Mapping[str
 @click.option("--memory", help="Memory to take above the process's own. Default 1GB.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="For methods that draw random numbers.")
 @click.option("--devices", type=int, help="Of this machine's. Default: all its accelerators, or one CPU device.")
+@click.option("--distributed", is_flag=True, help="One of several processes that make this call, on any machines.")
+@click.option("--coordinator", metavar="HOST:PORT", help="Process 0's. Default: as the cluster's environment says.")
+@click.option("--processes", type=int, help="How many there are. Default: as the cluster's environment says.")
+@click.option("--process", type=int, help="Which one this is, from 0. Default: as the cluster's environment says.")
+@click.option("--heartbeat-timeout", type=click.IntRange(min=2), help="Seconds until a silent process is lost: 20.")
+@click.option("--start-timeout", type=click.IntRange(min=1), help="Seconds for all processes to arrive: 300.")
+@click.option("--device-memory", help="To take of each device's. Default: nine tenths of what it says it has.")
 @click.option("--plan", "plan_only", is_flag=True, help="Read headers only, say what would happen, write nothing.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted merge.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
@@ -108,41 +131,111 @@ def merge(
     out: Path | None,
     config: str | None,
     devices: int | None,
+    distributed: bool,
     plan_only: bool,
     resume: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
     """Merge MODELs (Hugging Face or Orbax directories, weight files, hf://owner/name) into a directory."""
-    settings = build_config(models, config, flags)
-    run_merge(settings, out, plan_only=plan_only, resume=resume, as_json=as_json, devices=devices)
+    given = {name: flags.pop(name) for name in MEETING}
+    if not distributed and (lost := [name for name, value in given.items() if value is not None]):
+        raise RefusedError(f"--{name.replace('_', '-')} goes with --distributed" for name in lost)
+    chosen_devices = read_devices(devices, flags.pop("device_memory"))
+    options: dict[str, Any] = {"resume": resume, "as_json": as_json, "devices": chosen_devices}
+    if plan_only and distributed and given["processes"] is None:
+        raise RefusedError("--plan --distributed: say for how many with --processes N")
+    if plan_only:
+        show_merge(build_config(models, config, flags), out, processes=given["processes"], **options)
+    elif distributed:
+        chosen = {name: value for name, value in given.items() if value is not None}
+        with connect_processes(**chosen, say=partial(click.echo, err=True)) as team:
+            run_merge(build_config(models, config, flags), out, processes=team, **options)
+    else:
+        run_merge(build_config(models, config, flags), out, plan_only=plan_only, **options)
+
+
+MEETING = ("coordinator", "processes", "process", "heartbeat_timeout", "start_timeout")
+"""Flags on where and when processes meet."""
+
+
+def show_merge(
+    settings: MergeConfig,
+    out: Path | None,
+    *,
+    resume: bool = False,
+    as_json: bool = False,
+    devices: Devices | None = None,
+    processes: int | None = None,
+) -> None:
+    """What a merge would do, by how many processes."""
+    with prepare(settings, out) as preparation:
+        if out is not None and (problems := check_place(preparation, out, resume=resume)):
+            raise RefusedError(problems)
+        description = describe_plan(preparation, place_merge(preparation.plan, devices=devices))
+        if processes is not None:
+            description["processes"] = describe_parts(preparation.plan, settings.max_shard_size, processes)
+            description["shards"] = sum(len(row["parts"]) for row in description["processes"])
+    if as_json:
+        click.echo(json.dumps(description, indent=2))
+        return
+    show_plan(description)
+    if processes is not None:
+        show_parts(description["processes"])
+
+
+def show_parts(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What would fall to each process."""
+    table = Table("process", "files", "tensors", "reads", "writes", "load", title="Processes", title_justify="left")
+    for row in rows:
+        numbers = ", ".join(map(str, row["parts"])) or "none: it would be idle"
+        sizes = map(format_bytes, (row["bytes_in"], row["bytes_out"]))
+        table.add_row(str(row["process"]), numbers, str(row["tensors"]), *sizes, f"{row['load']:.3f}")
+    console = Console()
+    console.print(table)
+    console.print("load: predicted work over the mean of all processes", highlight=False)
 
 
 def run_merge(
     settings: MergeConfig,
     out: Path | None,
     *,
-    plan_only: bool,
-    resume: bool,
-    as_json: bool,
-    devices: int | None = None,
+    plan_only: bool = False,
+    resume: bool = False,
+    as_json: bool = False,
+    devices: Devices | None = None,
+    processes: Team | None = None,
 ) -> None:
-    """Plan or merge, and show what came of it."""
+    """Plan or merge, and show what came of it; of several processes the first does."""
     if plan_only:
-        with prepare(settings, out) as preparation:
-            if out is not None and (problems := check_place(preparation, out, resume=resume)):
-                raise RefusedError(problems)
-            description = describe_plan(preparation, place_merge(preparation.plan, devices=devices))
-        click.echo(json.dumps(description, indent=2)) if as_json else show_plan(description)
+        show_merge(settings, out, resume=resume, as_json=as_json, devices=devices)
         return
     if out is None:
         raise RefusedError("say where to write with --out DIR, or look first with --plan")
     try:
         with progress_bars() as progress:
-            result = merge_checkpoints(settings, out, resume=resume, progress=progress, devices=devices)
+            result = merge_checkpoints(
+                settings, out, resume=resume, progress=progress, devices=devices, processes=processes
+            )
     except KeyboardInterrupt:
         workshop = name_workshop(out)
         if workshop.exists():
             click.echo(f"stopped; finish with the same command and --resume ({workshop} keeps what is done)", err=True)
         raise
-    click.echo(json.dumps(asdict(result), indent=2, default=str)) if as_json else show_result(result)
+    if processes is not None and processes.index:
+        return
+    if as_json:
+        click.echo(json.dumps(asdict(result), indent=2, default=str))
+        return
+    show_result(result)
+    if result.processes is not None:
+        show_work(result.processes)
+
+
+def show_work(work: Mapping[str, Any]) -> None:
+    """How even the work was."""
+    read = ", ".join(map(format_bytes, work["bytes_read"]))
+    click.echo(
+        f"{work['processes']} processes, {work['parts']} parts; read {read}; "
+        f"busiest over mean {work['predicted_imbalance']:.2f} predicted, {work['measured_imbalance']:.2f} measured"
+    )

@@ -2,6 +2,7 @@
 
 from rgsp_jax.pipeline.config import MergeConfig, Override, parse_config, read_config_file
 from rgsp_jax.pipeline.describe import describe_plan
+from rgsp_jax.pipeline.launch import connect_processes
 from rgsp_jax.pipeline.merge import MergeResult, merge_checkpoints
 from rgsp_jax.pipeline.plan import MergePlan, plan_merge
 from rgsp_jax.pipeline.preparation import Preparation, prepare
@@ -12,6 +13,7 @@ __all__ = [
     "MergeResult",
     "Override",
     "Preparation",
+    "connect_processes",
     "describe_plan",
     "merge_checkpoints",
     "parse_config",

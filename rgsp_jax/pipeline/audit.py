@@ -1,5 +1,6 @@
 """The last look at a finished output before it gets its name: everything expected is there, as it was computed."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from rgsp_jax.checkpoint import ShardWriter, digest, hash_file, open_checkpoint
+from rgsp_jax.checkpoint import ShardWriter, TensorSpec, digest, hash_file, open_checkpoint
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.plan import MergePlan
 
@@ -27,9 +28,16 @@ def audit(
     writer: ShardWriter,
     on_tensor: Callable[[str, int], None],
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Compare an output with its plan and journal.
+    """Compare the files of one writer with the plan of what is in them, and with the journal.
 
     Every key, shape and dtype is there and nothing else; every piece was written once and reads back as computed.
+
+    Args:
+        directory: of the files.
+        plan: of the tensors in them.
+        pieces: of every tensor, from the journal.
+        writer: of the files.
+        on_tensor: called with each tensor's name and bytes.
 
     Returns:
         Digest (XXH3-128) of every tensor, and SHA-256 of every weight file by name.
@@ -37,24 +45,22 @@ def audit(
     Raises:
         RefusedError: lists every difference.
     """
-    with open_checkpoint(directory) as output:
-        problems = [
-            f"audit: {name!r} is missing or differs from the plan"
-            for name, spec in plan.specs.items()
-            if output.specs.get(name) != spec
-        ]
-        problems += [f"audit: {name!r} was not to be written" for name in output.specs if name not in plan.tasks]
-        files = output.weight_files
+    files = [directory / shard.file_name for shard in writer.shards]
+    found: dict[str, TensorSpec] = {}
+    for path in files:
+        with open_checkpoint(path) as output:
+            found |= output.specs
+    problems = compare_specs(found, plan)
     digests: dict[str, str] = {}
     with ThreadPoolExecutor(1) as pool:
         hashes = {path.name: pool.submit(hash_file, path) for path in files}
         for name, task in plan.tasks.items():
-            found = pieces.get(name, ())
-            if not covers(found, task.size):
+            own = pieces.get(name, ())
+            if not covers(own, task.size):
                 problems.append(f"audit: {name!r} is not written whole")
                 continue
             whole = xxhash.xxh3_128()
-            for piece in found:
+            for piece in own:
                 data = read_piece(writer, task.out_dtype, piece)
                 if data is None:
                     problems.append(f"audit: {name!r} on disk is not what was computed: the disk or memory is failing")
@@ -65,6 +71,35 @@ def audit(
         if problems:
             raise RefusedError(problems)
         return digests, {name: future.result() for name, future in hashes.items()}
+
+
+def compare_specs(found: Mapping[str, TensorSpec], plan: MergePlan) -> list[str]:
+    """One sentence per tensor that is not as planned."""
+    wrong = [
+        f"audit: {n!r} is missing or differs from the plan" for n, spec in plan.specs.items() if found.get(n) != spec
+    ]
+    return wrong + [f"audit: {name!r} was not to be written" for name in found if name not in plan.tasks]
+
+
+def audit_whole(directory: Path, plan: MergePlan, digests: Sequence[Mapping[str, str]]) -> None:
+    """Check that audited parts are the whole: each tensor in one of them, and found through the index.
+
+    Args:
+        directory: of the output, with its index.
+        plan: of all of it.
+        digests: of the tensors of every part.
+
+    Raises:
+        RefusedError: lists every tensor that is in no part or in several, or not where the index says.
+    """
+    count = Counter(name for part in digests for name in part)
+    problems = [f"audit: {n!r} is in {count[n]} finished parts, not in one" for n in plan.tasks if count[n] != 1]
+    problems += [f"audit: {name!r} was not to be written" for name in count if name not in plan.tasks]
+    if not problems:
+        with open_checkpoint(directory) as output:
+            problems = compare_specs(output.specs, plan)
+    if problems:
+        raise RefusedError(problems)
 
 
 def covers(pieces: Sequence[Mapping[str, Any]], size: int) -> bool:

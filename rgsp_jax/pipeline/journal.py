@@ -19,8 +19,8 @@ class Journal:
     fsynced here: entries carry digests, and a resumed merge believes only data that match them.
     """
 
-    def __init__(self, directory: Path, fingerprint: str):
-        self.path = directory / NAME
+    def __init__(self, directory: Path, fingerprint: str, name: str = NAME):
+        self.path = directory / name
         self.entries: dict[int, Mapping[str, Any]] = {}
         kept = self._read(fingerprint) if self.path.exists() else 0
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -31,19 +31,9 @@ class Journal:
 
     def _read(self, fingerprint: str) -> int:
         """Load the whole lines; how many bytes they are."""
-        kept = 0
-        lines: list[dict[str, Any]] = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            entry = read_entry(line, "item" if lines else "fingerprint")
-            if entry is None:
-                break
-            kept += len(line)
-            lines.append(entry)
+        lines, kept = read_lines(self.path)
         if lines and lines[0].get("fingerprint") != fingerprint:
-            raise RefusedError(
-                f"{self.path.parent} was begun with other settings or other model files, so it cannot be resumed:"
-                " delete it, or repeat the command that began it"
-            )
+            raise explain_other(self.path.parent)
         self.entries = {line["item"]: line for line in lines[1:]}
         return kept
 
@@ -64,6 +54,27 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """What stands in a journal before the first line that cannot be read, and how many bytes that is."""
+    kept = 0
+    lines: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        entry = read_entry(line, "item" if lines else "fingerprint")
+        if entry is None:
+            break
+        kept += len(line)
+        lines.append(entry)
+    return lines, kept
+
+
+def explain_other(workshop: Path) -> RefusedError:
+    """The refusal to go on with another merge's work."""
+    return RefusedError(
+        f"{workshop} was begun with other settings or other model files, so it cannot be resumed:"
+        " delete it, or repeat the command that began it"
+    )
 
 
 def read_entry(line: bytes, key: str) -> dict[str, Any] | None:

@@ -1,15 +1,11 @@
 """`merge_checkpoints`: from paths to a complete output directory, or to a clear refusal and nothing at all."""
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +13,58 @@ import jax
 
 from rgsp_jax.checkpoint import (
     Checkpoint,
-    ShardWriter,
-    check_disk,
+    ShardPlan,
     convert_to_orbax,
     copy_companions,
     digest,
     hash_file,
     open_checkpoint,
-    plan_shards,
     publish,
 )
+from rgsp_jax.checkpoint.shard_writer import replace_file, write_index
 from rgsp_jax.errors import NotFiniteError, RefusedError
-from rgsp_jax.pipeline.audit import audit, read_piece
+from rgsp_jax.pipeline.agreement import gather_facts, require_agreement, require_one_platform
+from rgsp_jax.pipeline.audit import audit, audit_whole
 from rgsp_jax.pipeline.config import MergeConfig
-from rgsp_jax.pipeline.execute import Compute, execute
-from rgsp_jax.pipeline.journal import NAME as JOURNAL
+from rgsp_jax.pipeline.decision import Decision, check_place, decide, describe_work
+from rgsp_jax.pipeline.execute import Compute
 from rgsp_jax.pipeline.journal import Journal
-from rgsp_jax.pipeline.overview import dominant_dtype, needs_dtype, summarise, versions, write_overview
-from rgsp_jax.pipeline.placement import Placement, place_merge
-from rgsp_jax.pipeline.plan import MergePlan, WorkItem
+from rgsp_jax.pipeline.overview import dominant_dtype, needs_dtype, summarise, write_overview
+from rgsp_jax.pipeline.parts import NAME as CUT
+from rgsp_jax.pipeline.parts import to_json
+from rgsp_jax.pipeline.placement import Devices, place_merge
+from rgsp_jax.pipeline.plan import WorkItem
 from rgsp_jax.pipeline.preparation import Preparation, check_buffers, check_covariances, prepare
+from rgsp_jax.pipeline.processes import Alone, Team
 from rgsp_jax.pipeline.records import build_records, collect_pieces, find_bad_inputs, find_bad_outputs
+from rgsp_jax.pipeline.work import (
+    Hashes,
+    OpenPart,
+    Progress,
+    forget_damaged,
+    hash_files,
+    lay_out,
+    merge_part,
+    open_part,
+    plan_parts,
+    read_bytes,
+)
+from rgsp_jax.pipeline.workshop import (
+    MODEL,
+    check_token,
+    clear_finished,
+    explain_os_error,
+    lock,
+    make_workshop,
+    name_workshop,
+    write_token,
+)
 
-Progress = Callable[[str, int, int, tuple[str, ...]], None]
-"""`progress(stage, bytes just done, bytes of the stage, tensors just done)`; stages are "merge" and "audit"."""
+__all__ = ["Journal", "MergeResult", "Progress", "check_place", "lock", "merge_checkpoints", "name_workshop"]
+
 Pieces = Mapping[str, Sequence[Mapping[str, Any]]]
-MODEL = "model"
-"""Folder of the workshop that becomes the output."""
-REPORT_ROOM = 64_000_000
-"""Bytes set aside on the disk for reports and companion files."""
+PROCESSES = "merge_processes.json"
+"""What every process did, beside an output that several made."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,32 @@ class MergeResult:
     seconds: float
     files: dict[str, str]
     """Weight files of the output and their SHA-256."""
+    processes: dict[str, Any] | None = None
+    """Where several processes worked: what each had to do, read and took; see `describe_work`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process's call of `merge_checkpoints`."""
+
+    config: MergeConfig
+    out: Path
+    team: Team
+    distributed: bool
+    resume: bool
+    progress: Progress | None
+    compute: Compute | None
+    overview: bool
+    devices: int | Devices | None
+
+    @property
+    def workshop(self) -> Path:
+        return name_workshop(self.out)
+
+    @property
+    def leads(self) -> bool:
+        """True in the process that acts for all."""
+        return self.team.index == 0
 
 
 def merge_checkpoints(
@@ -74,193 +119,208 @@ def merge_checkpoints(
     progress: Progress | None = None,
     compute: Compute | None = None,
     overview: bool = True,
-    devices: int | None = None,
+    devices: int | Devices | None = None,
+    processes: Team | None = None,
 ) -> MergeResult:
     """Merge models into the directory `out`, which appears complete or not at all.
 
     Work goes on in `OUT.incomplete` (the future output and the journal beside it); a killed merge is finished by the
     same call with `resume=True`, and ends byte-identical to one that was not interrupted.
 
+    Where several processes make the same call, each with its place among `processes`, the merge is cut into parts of
+    whole tensors, a weight file each, and each process reads, merges and writes those dealt to it. The cut is noted, so
+    that any number of processes, or one by itself, can resume it. Every call returns when the output is complete.
+
     Args:
         config: what to merge and how.
-        out: directory to create.
+        out: directory to create; for several processes, on a file system that they share.
         resume: go on with an `OUT.incomplete` left by the same merge.
-        progress: called as bytes are done.
+        progress: called as bytes are done, of this process's own share.
         compute: how items are computed, where decompositions are at hand (`rgsp_jax.sweep`).
         overview: False leaves out report, model card and the models' hashes, for a merge that is used once.
-        devices: how many of this process's devices compute; None is all its accelerators, or one CPU device. The
-            result does not depend on it.
+        devices: how many of this process's devices compute; None is all its accelerators, or one CPU device;
+            `Devices` says how much of their memory, too. The result does not depend on it.
+        processes: those that make this call, from `connect_processes`; None is this one by itself.
 
     Raises:
-        RefusedError: what the user can mend, all of it at once; nothing is left behind.
+        RefusedError: what the user can mend, all of it at once; nothing is left behind. In every process where another
+            one is lost or fails; what is done is left for `resume` then.
     """
     started = time.monotonic()
     out = Path(out)
     if out.name in ("", ".."):
         raise RefusedError(f"the output {out} has no name of its own: give the directory to create")
-    workshop = name_workshop(out)
-    if resume:
-        clear_finished(out, workshop)
-    with prepare(config, out) as preparation:
-        plan = preparation.plan
-        placement = place_merge(plan, devices=devices)
-        shards = plan_shards(plan.specs, config.max_shard_size)
-        fresh = not workshop.exists()
-        if problems := check_place(preparation, out, resume=resume):
-            raise RefusedError(problems)
-        check_covariances(preparation)
-        buffer_flags = check_buffers(preparation)
-        try:
-            workshop.mkdir(exist_ok=True)
-        except OSError as error:
-            raise RefusedError(f"{workshop} cannot be made: {error.strerror}") from None
-        with lock(workshop), ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(1, "rgsp-hash"))
-            read = preparation.checkpoints if overview else ()
-            parent_hashes = [[pool.submit(hash_file, p) for p in c.weight_files] for c in read]
-            try:
-                with discarded_on_refusal(workshop, fresh):
-                    journal = stack.enter_context(closing(Journal(workshop, fingerprint(preparation))))
-                    writer = ShardWriter(workshop / MODEL, shards, resume=True)
-                resumed = forget_damaged(plan, journal, writer)
-                run(preparation, writer, journal, progress, compute, placement)
-                pieces = collect_pieces(journal.entries.values())
-                with discarded_on_refusal(workshop, True):
-                    refuse_non_finite(preparation, pieces)
-                hashes = [[future.result() for future in futures] for futures in parent_hashes] if overview else None
-                finished, facts = finish(preparation, out.name, writer, pieces, hashes, buffer_flags, progress)
-                publish(finished, out)
-            except OSError as error:
-                raise explain_os_error(error, workshop) from error
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-            shutil.rmtree(workshop)
-    return MergeResult(
-        out=out,
-        bytes_in=plan.bytes_in,
-        bytes_out=plan.bytes_out,
-        resumed_items=resumed,
-        seconds=time.monotonic() - started,
-        **facts,
-    )
-
-
-def name_workshop(out: Path) -> Path:
-    """The directory that holds the unfinished output."""
-    return out.with_name(out.name + ".incomplete")
-
-
-def clear_finished(out: Path, workshop: Path) -> None:
-    """Remove what a process killed right after it published leaves behind, and say that there is nothing to resume."""
-    if (workshop / JOURNAL).exists() and not (workshop / MODEL).exists() and out.is_dir() and any(out.iterdir()):
-        with lock(workshop):
-            shutil.rmtree(workshop)
-        raise RefusedError(f"{out} is complete, there is nothing to resume: its merge had finished when it was stopped")
-
-
-def check_place(preparation: Preparation, out: Path, *, resume: bool = False) -> list[str]:
-    """Why the merge cannot begin at `out` as things lie: an unfinished one is there, or too little room."""
-    workshop = name_workshop(out)
-    if workshop.exists():
-        hint = f"{workshop} is left from an earlier merge: finish it with --resume, or delete it"
-        return [] if resume else [hint]
-    shards = plan_shards(preparation.plan.specs, preparation.config.max_shard_size)
-    copies = 2 if preparation.checkpoints[0].format == "orbax" else 1
-    return check_disk(out, copies * shards.file_bytes + REPORT_ROOM)
-
-
-@contextmanager
-def discarded_on_refusal(workshop: Path, discard: bool) -> Iterator[None]:
-    """Leave nothing behind where resuming could not help."""
+    team = processes or Alone()
+    run = Run(config, out, team, processes is not None, resume, progress, compute, overview, devices)
     try:
-        yield
-    except RefusedError:
-        if discard:
-            shutil.rmtree(workshop, ignore_errors=True)
+        facts = begin(run)
+    except BaseException as error:
+        team.fail(error)
         raise
+    return MergeResult(out=out, seconds=time.monotonic() - started, **facts)
+
+
+def begin(run: Run) -> dict[str, Any]:
+    """Everything before the workshop, so that a refusal leaves nothing behind; then the rest."""
+    team = run.team
+    team.meet("cleared", nothing, lambda _: clear_finished(run.out, run.workshop) if run.resume else None)
+    with ExitStack() as stack:
+        opened: list[Preparation] = []
+
+        def open_models() -> dict[str, str]:
+            opened.append(stack.enter_context(prepare(run.config, run.out)))
+            return gather_facts(opened[0]) if team.count > 1 else {}
+
+        def settle(platforms: Sequence[str]) -> dict[str, Any]:
+            require_one_platform(platforms)
+            decision = decide(
+                opened[0], run.out, processes=team.count, distributed=run.distributed, resume=run.resume
+            )
+            return asdict(decision)
+
+        def check_own() -> dict[str, list[str]]:
+            place_merge(preparation.plan, devices=run.devices)
+            check_covariances(preparation, names)
+            return check_buffers(preparation, names)
+
+        team.meet("opened", open_models, require_agreement)
+        preparation = opened[0]
+        decision = Decision.of(team.meet("settled", jax.default_backend, settle))
+        own = decision.dealt[team.index]
+        names = {name for number in own for name in decision.cut.parts[number]} if decision.cut else None
+        if idle := sum(not numbers for numbers in decision.dealt):
+            team.say(f"{idle} of {team.count} processes have nothing to do: the merge has {len(decision.left)} parts")
+        flags = team.meet("checked", check_own, lambda found: {n: f for part in found for n, f in part.items()})
+        return work_in(run, preparation, decision, flags)
+
+
+def nothing() -> None:
+    """The work of a process that only waits for process 0's."""
+
+
+def work_in(run: Run, preparation: Preparation, decision: Decision, flags: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Do the merge in the workshop; facts of the result."""
+    spoilt = Spoilt()
+    with ExitStack() as held:
+
+        def make(_: object) -> str:
+            fresh = not run.workshop.exists()
+            make_workshop(run.workshop)
+            held.enter_context(lock(run.workshop))
+            spoilt.all = fresh
+            if decision.cut and not (run.workshop / CUT).exists():
+                replace_file(run.workshop / CUT, to_json(decision.cut, decision.fingerprint).encode())
+            return write_token(run.workshop) if run.team.count > 1 else ""
+
+        try:
+            with explained(run.workshop):
+                token = run.team.meet("made", nothing, make)
+                facts = merge_in(run, preparation, decision, flags, token, spoilt)
+            run.team.meet("left", nothing, lambda _: shutil.rmtree(run.workshop))
+            return facts
+        except BaseException as error:
+            run.team.fail(error)  # the others have left the workshop when this returns
+            if isinstance(error, RefusedError) and spoilt.all and run.leads:
+                shutil.rmtree(run.workshop, ignore_errors=True)
+            raise
+
+
+@dataclass
+class Spoilt:
+    """Whether what lies in the workshop is of no use to anyone who resumes."""
+
+    all: bool = False
 
 
 @contextmanager
-def lock(workshop: Path) -> Iterator[None]:
-    """Keep other processes out of an unfinished output; the lock goes with the process."""
-    descriptor = os.open(workshop, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def explained(workshop: Path) -> Iterator[None]:
+    """Errors of the system as refusals."""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RefusedError(
-                f"{workshop} is being written by another process: wait for it, or choose another --out"
-            ) from None
         yield
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        raise explain_os_error(error, workshop) from error
 
 
-def explain_os_error(error: OSError, workshop: Path) -> RefusedError:
-    """A full disk or a lost mount, in one sentence; what is done so far stays for --resume."""
-    where = f" ({error.filename})" if error.filename else ""
-    return RefusedError(
-        f"{error.strerror or error}{where}; what is done so far is in {workshop}: mend it and use --resume"
-    )
-
-
-def fingerprint(preparation: Preparation) -> str:
-    """Hash of everything that decides the output's bytes: settings, files as they lie on disk, versions, platform."""
-    files = [
-        [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-        for path in [
-            *(path for checkpoint in preparation.checkpoints for path in checkpoint.weight_files),
-            *(file.path for file in preparation.covariances),
-        ]
-    ]
-    items = [
-        [item.group.key, item.capacity, [[p.name, p.start, p.size] for p in item.pieces]]
-        for item in preparation.plan.items
-    ]
-    facts = [preparation.config.to_yaml(), files, items, versions(), jax.default_backend()]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def forget_damaged(plan: MergePlan, journal: Journal, writer: ShardWriter) -> int:
-    """Drop journal entries whose data are not on the disk as noted; number of items that stay done."""
-    for index, entry in list(journal.entries.items()):
-        dtype = plan.items[index].group.out_dtype
-        if any(read_piece(writer, dtype, piece) is None for piece in entry["records"]):
-            journal.forget(index)
-    return len(journal.entries)
-
-
-def run(
+def merge_in(
+    run: Run,
     preparation: Preparation,
-    writer: ShardWriter,
-    journal: Journal,
-    progress: Progress | None,
-    compute: Compute | None = None,
-    placement: Placement | None = None,
-) -> None:
-    """Do what the journal does not have, reporting bytes read and written."""
-    plan = preparation.plan
-    total = plan.bytes_in + plan.bytes_out
+    decision: Decision,
+    flags: Mapping[str, list[str]],
+    token: str,
+    spoilt: Spoilt,
+) -> dict[str, Any]:
+    """Merge, audit and finish; process 0 puts together what all have done."""
+    team, shards = run.team, lay_out(preparation, decision.cut)
+    team.kept = f"what is done is kept in {run.workshop}: finish it with the same command and --resume"
+    parts: list[OpenPart] = []
+    pieces: dict[str, Sequence[Mapping[str, Any]]] = {}
+    work: list[dict[str, Any]] = []
+
+    def open_own(stack: ExitStack) -> None:
+        if token:
+            check_token(run.workshop, token)
+        for part in plan_parts(preparation, decision.cut, decision.fingerprint, decision.dealt[team.index]):
+            parts.append(open_part(part, run.workshop, shards))
+            stack.enter_context(closing(parts[-1].journal))
+
+    def put_together(found: Sequence[dict[str, Any]]) -> None:
+        pieces.update(collect_pieces(entry for one in found for entry in one.pop("entries")))
+        work.extend(found)
+        spoilt.all = True
+        refuse_non_finite(preparation, pieces)
+        spoilt.all = False
+
+    def complete(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return finish(run, preparation, decision, shards, pieces, flags, work, found)
+
+    with hash_files(preparation.checkpoints if run.overview else (), team.index, team.count) as hashes:
+        with ExitStack() as stack:
+            team.meet("begun", lambda: open_own(stack))
+            spoilt.all = False
+            team.meet("merged", lambda: merge_own(run, preparation, parts), put_together, long=True)
+        return team.meet("finished", lambda: audit_own(run, parts, hashes), complete, long=True)
+
+
+def merge_own(run: Run, preparation: Preparation, parts: Sequence[OpenPart]) -> dict[str, Any]:
+    """Merge the parts of this process; what there is to say of them."""
+    started, before = time.monotonic(), read_bytes(preparation.checkpoints)
+    total = sum(part.plan.bytes_in + part.plan.bytes_out for part in parts)
 
     def on_done(item: WorkItem) -> None:
-        if progress:
-            progress("merge", item.bytes_in + item.bytes_out, total, tuple(p.name for p in item.pieces))
+        run.team.check()
+        if run.progress:
+            run.progress("merge", item.bytes_in + item.bytes_out, total, tuple(p.name for p in item.pieces))
 
-    for index in journal.entries:
-        on_done(plan.items[index])
-    seed = preparation.config.seed
-    execute(
-        plan,
-        preparation.checkpoints,
-        writer,
-        journal,
-        covariances=preparation.covariances,
-        seed=seed,
-        with_base=preparation.with_base,
-        on_done=on_done,
-        compute=compute,
-        placement=placement,
-    )
+    resumed = sum(forget_damaged(part.plan, part.journal, part.writer) for part in parts)
+    for part in parts:
+        merge_part(preparation, part, on_done, compute=run.compute, devices=run.devices)
+    return {
+        "entries": [entry for part in parts for entry in part.journal.entries.values()],
+        "resumed": resumed,
+        "bytes_read": read_bytes(preparation.checkpoints) - before,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def audit_own(run: Run, parts: Sequence[OpenPart], hashes: Hashes) -> dict[str, Any]:
+    """Audit the files of this process, and wait for the models' hashes that fell to it."""
+    total = sum(part.plan.bytes_out for part in parts)
+    found: list[tuple[dict[str, str], dict[str, str]]] = []
+
+    def on_tensor(name: str, done: int) -> None:
+        run.team.check()
+        if run.progress:
+            run.progress("audit", done, total, (name,))
+
+    for part in parts:
+        part.writer.finish()
+        pieces = collect_pieces(part.journal.entries.values())
+        found.append(audit(part.writer.directory, part.plan, pieces, part.writer, on_tensor))
+    return {
+        "digests": [digests for digests, _ in found],
+        "files": {name: value for _, files in found for name, value in files.items()},
+        "hashes": [[model, file, future.result()] for model, file, future in hashes],
+    }
 
 
 def refuse_non_finite(preparation: Preparation, pieces: Pieces) -> None:
@@ -283,41 +343,48 @@ def as_orbax(directory: Path, parent: Checkpoint, digests: Mapping[str, str]) ->
 
 
 def finish(
+    run: Run,
     preparation: Preparation,
-    name: str,
-    writer: ShardWriter,
+    decision: Decision,
+    shards: ShardPlan,
     pieces: Pieces,
-    hashes: Sequence[Sequence[str]] | None,
-    buffer_flags: Mapping[str, list[str]],
-    progress: Progress | None,
-) -> tuple[Path, dict[str, Any]]:
-    """The audit and everything beside the weights; the finished directory and the facts of the result.
-
-    Without the models' hashes there is no overview.
-    """
-    plan, first = preparation.plan, preparation.checkpoints[0]
-    directory = writer.directory
-    writer.finish()
-
-    def on_tensor(name: str, done: int) -> None:
-        if progress:
-            progress("audit", done, plan.bytes_out, (name,))
-
-    digests, files = audit(directory, plan, pieces, writer, on_tensor)
+    flags: Mapping[str, list[str]],
+    work: Sequence[Mapping[str, Any]],
+    audited: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Everything beside the audited weights, and the output's name; facts of the result."""
+    plan, first, directory = preparation.plan, preparation.checkpoints[0], run.workshop / MODEL
+    parts = [digests for found in audited for digests in found["digests"]]
+    if decision.cut:
+        write_index(directory, shards)
+        audit_whole(directory, plan, parts)
+    digests = {name: value for part in parts for name, value in part.items()}
+    files = dict(sorted(item for found in audited for item in found["files"].items()))
     if first.format == "orbax":
         directory, files = as_orbax(directory, first, digests)
     dtype = dominant_dtype(plan)
     copy_companions(first, directory, dtype=dtype if needs_dtype(first.config, dtype) else None)
-    records = build_records(plan, pieces, digests, buffer_flags)
-    known = hashes or [[""] * len(checkpoint.weight_files) for checkpoint in preparation.checkpoints]
-    summary = summarise(preparation, name, records, known, writer.plan)
-    if hashes is not None:
+    records = build_records(plan, pieces, digests, flags)
+    known = {(model, file): value for found in audited for model, file, value in found["hashes"]}
+    hashes = [
+        [known.get((k, i), "") for i in range(len(c.weight_files))] for k, c in enumerate(preparation.checkpoints)
+    ]
+    summary = summarise(preparation, run.out.name, records, hashes, shards)
+    processes = describe_work(decision, work) if run.distributed else None
+    if run.overview:
         write_overview(directory, summary, records, files)
-    return directory, {
+    if processes is not None:
+        (directory / PROCESSES).write_text(json.dumps(processes, indent=2) + "\n", encoding="utf-8")
+    publish(directory, run.out)
+    return {
         "method": summary.method,
         "tensors": len(plan.tasks),
         "counts_by_rule": dict(summary.counts_by_rule),
         "flag_counts": dict(summary.flag_counts),
         "warnings": tuple(summary.warnings),
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "resumed_items": sum(one["resumed"] for one in work),
         "files": files,
+        "processes": processes,
     }

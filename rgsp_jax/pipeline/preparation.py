@@ -1,7 +1,7 @@
 """Opened models and the plan of their merge, or everything that stands against it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +35,19 @@ class Preparation:
     plan: MergePlan
     labels: tuple[str, ...]
     covariances: tuple[CovarianceFile, ...] = ()
+    model_type: str | None = None
+    """Of the models' architecture, where known."""
+    sites: tuple[Mapping[str, InputSite], ...] = ()
+    """For every covariance file, tensor name -> where its inputs lie."""
 
     @property
     def with_base(self) -> bool:
         return self.config.base is not None
+
+    def plan_part(self, names: Sequence[str]) -> MergePlan:
+        """The plan of some of the tensors, each done as in the plan of all."""
+        specs = [checkpoint.specs for checkpoint in self.checkpoints]
+        return plan_merge(self.config, specs, names=names, model_type=self.model_type, sites=self.sites)
 
 
 @contextmanager
@@ -95,7 +104,7 @@ def prepare(config: MergeConfig, out: Path | None = None) -> Iterator[Preparatio
         plan = plan_merge(config, [c.specs for c in checkpoints], names=names, model_type=model_type, sites=sites)
         if plan.problems:
             raise RefusedError(plan.problems)
-        yield Preparation(config, tuple(checkpoints), plan, tuple(labels), tuple(covariances))
+        yield Preparation(config, tuple(checkpoints), plan, tuple(labels), tuple(covariances), model_type, tuple(sites))
 
 
 def needs_base(config: MergeConfig, first: Checkpoint, name: str) -> bool:
@@ -140,20 +149,38 @@ def list_sites(covariances: CovarianceFile, checkpoint: Checkpoint) -> dict[str,
     return found
 
 
-def check_covariances(preparation: Preparation) -> None:
-    """RefusedError where covariances were collected from other weights than the model's they stand for."""
-    pairs = zip(preparation.covariances, preparation.checkpoints, strict=False)
-    if problems := [problem for file, checkpoint in pairs for problem in find_foreign(file, as_on_disk(checkpoint))]:
+def check_covariances(preparation: Preparation, names: Collection[str] | None = None) -> None:
+    """RefusedError where covariances were collected from other weights than the model's they stand for.
+
+    Args:
+        preparation: models and covariances.
+        names: tensors of the merge to look at; None is all.
+    """
+    problems = []
+    for file, checkpoint in zip(preparation.covariances, preparation.checkpoints, strict=False):
+        there = {to_disk(checkpoint, name) for name in names} if names is not None else None
+        problems += find_foreign(file, as_on_disk(checkpoint), there)
+    if problems:
         raise RefusedError(problems)
 
 
-def check_buffers(preparation: Preparation) -> dict[str, list[str]]:
-    """Flags of buffers that differ between models; RefusedError for integers that are no known buffer and differ."""
+def to_disk(checkpoint: Checkpoint, name: str) -> str | None:
+    """The name that a tensor has in the model's own files."""
+    return checkpoint.on_disk.get(name) if isinstance(checkpoint, RenamedCheckpoint) else name
+
+
+def check_buffers(preparation: Preparation, names: Collection[str] | None = None) -> dict[str, list[str]]:
+    """Flags of buffers that differ between models; RefusedError for integers that are no known buffer and differ.
+
+    Args:
+        preparation: models and plan.
+        names: tensors to look at; None is all.
+    """
     first, *others = preparation.checkpoints[: len(preparation.config.models)]
     flags: dict[str, list[str]] = {}
     problems = []
     for task in preparation.plan.tasks.values():
-        if task.kind != "buffer":
+        if task.kind != "buffer" or (names is not None and task.name not in names):
             continue
         ours = first.read(task.name)
         for other in others:

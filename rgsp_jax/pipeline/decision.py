@@ -1,0 +1,90 @@
+"""What is settled before any work: whether there is a place for it, how it is cut, and who does what."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rgsp_jax.checkpoint import plan_shards
+from rgsp_jax.errors import RefusedError
+from rgsp_jax.pipeline.agreement import fingerprint
+from rgsp_jax.pipeline.journal import NAME as JOURNAL
+from rgsp_jax.pipeline.journal import explain_other
+from rgsp_jax.pipeline.parts import NAME as CUT
+from rgsp_jax.pipeline.parts import Cut, cut_parts, deal, imbalance, predict, read_cut, weigh
+from rgsp_jax.pipeline.preparation import Preparation
+from rgsp_jax.pipeline.work import count_done
+from rgsp_jax.pipeline.workshop import find_place_problems, name_workshop
+
+AUDIT_SHARE = 0.1
+"""Of a part's work, for one that is merged already: it is read and hashed once more."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What process 0 settles for all."""
+
+    fingerprint: str
+    cut: Cut | None
+    """None: the merge is one part, of as many files as its size takes."""
+    left: Sequence[float]
+    """Nominal seconds of what is left to do of every part."""
+    dealt: Sequence[Sequence[int]]
+    """For every process the parts that it works on."""
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Decision":
+        """From plain data."""
+        cut = None if data["cut"] is None else Cut(tuple(map(tuple, data["cut"]["parts"])))
+        return cls(data["fingerprint"], cut, data["left"], data["dealt"])
+
+
+def check_place(preparation: Preparation, out: Path, *, resume: bool = False) -> list[str]:
+    """Why the merge cannot begin at `out` as things lie: an unfinished one is there, or too little room."""
+    shards = plan_shards(preparation.plan.specs, preparation.config.max_shard_size)
+    copies = 2 if preparation.checkpoints[0].format == "orbax" else 1
+    return find_place_problems(out, copies * shards.file_bytes, resume=resume)
+
+
+def decide(preparation: Preparation, out: Path, *, processes: int, distributed: bool, resume: bool) -> Decision:
+    """How the merge is cut, or was, and who works on which part of it.
+
+    Args:
+        preparation: models and plan.
+        out: directory to create.
+        processes: how many are to work.
+        distributed: cut a merge that was not begun before, into parts of one file each.
+        resume: go on with what is there.
+    """
+    if problems := check_place(preparation, out, resume=resume):
+        raise RefusedError(problems)
+    workshop, mark, plan = name_workshop(out), fingerprint(preparation), preparation.plan
+    loads = {name: weigh(task) for name, task in plan.tasks.items()}
+    cut = None
+    if (workshop / CUT).exists():
+        noted, cut = read_cut(workshop / CUT)
+        if noted != mark or sorted(cut.numbers) != sorted(plan.tasks):
+            raise explain_other(workshop)
+    elif distributed and not (workshop / JOURNAL).exists():
+        cut = cut_parts(list(loads.values()), preparation.config.max_shard_size, processes)
+    seconds = predict(cut or Cut((tuple(plan.tasks),)), loads)
+    done = count_done(workshop, preparation, cut)
+    left = [own * (1 - share + AUDIT_SHARE) for own, share in zip(seconds, done, strict=True)]
+    return Decision(mark, cut, left, deal(left, processes))
+
+
+def describe_work(decision: Decision, work: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What every process had to do, by the planner and by the clock; imbalances are the largest over the mean."""
+    predicted = [sum(decision.left[number] for number in numbers) for numbers in decision.dealt]
+    total = sum(predicted) or 1.0
+    seconds = [one["seconds"] for one in work]
+    return {
+        "processes": len(work),
+        "parts": len(decision.left),
+        "parts_by_process": [[number + 1 for number in numbers] for numbers in decision.dealt],
+        "bytes_read": [one["bytes_read"] for one in work],
+        "seconds": seconds,
+        "predicted_share": [round(own / total, 4) for own in predicted],
+        "predicted_imbalance": round(imbalance(predicted), 4),
+        "measured_imbalance": round(imbalance(seconds), 4),
+    }
