@@ -1,6 +1,7 @@
 """Merging of pytrees of arrays: the same methods on any tree, Flax trees included, under jit."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -248,10 +249,13 @@ def average_leaf(column: tuple[Array, ...], settings: Mapping[str, Any]) -> Arra
     return methods["average"].fn(stack, **settings).merged.astype(column[0].dtype)
 
 
-def stack_group(group: LeafGroup, leaves: SortedLeaves) -> tuple[Array, Any]:
-    """The matrices of a group [B, K, m, n], the base the last of the K, and what each has beside it, in B too."""
+def stack_group(group: LeafGroup, leaves: SortedLeaves, dtype: Any = None) -> tuple[Array, Any]:
+    """The matrices of a group [B, K, m, n], the base the last of the K, and what each has beside it, in B too.
+
+    They are in `dtype`, by default the one that they are merged in.
+    """
     columns = [leaves.columns[i] for i in group.members]
-    dtype = compute_dtype(columns[0][0].dtype)
+    dtype = compute_dtype(columns[0][0].dtype) if dtype is None else dtype
     stacks = [
         jnp.stack([view.to_matrices(x.astype(dtype)) for x in column], axis=1)
         for view, column in zip(group.views, columns, strict=True)
@@ -274,12 +278,16 @@ def take_base(method: Method, stack: Float[Array, "k m n"]) -> tuple[Array, dict
     return (stack[:-1], {"base": stack[-1]}) if "base" in method.needs else (stack, {})
 
 
+def find_rows(views: Sequence[MatrixView]) -> list[slice]:
+    """Where every leaf's matrices are among those of its group."""
+    stops = list(itertools.accumulate(view.matrices[0] for view in views))
+    return [slice(stop - view.matrices[0], stop) for view, stop in zip(views, stops, strict=True)]
+
+
 def split_group(group: LeafGroup, leaves: SortedLeaves, output: MergeOutput) -> list[tuple[Array, dict[str, Array]]]:
     """Merged leaf and stats of every member."""
-    results, start = [], 0
-    for i, view in zip(group.members, group.views, strict=True):
-        rows = slice(start, start + view.matrices[0])
-        start = rows.stop
+    results = []
+    for i, view, rows in zip(group.members, group.views, find_rows(group.views), strict=True):
         leaf = view.from_matrices(output.merged[rows]).astype(leaves.columns[i][0].dtype)
         leaf_stats = {name: x[rows] if view.batch else x[rows.start] for name, x in output.stats.items()}
         results.append((leaf, leaf_stats))

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,8 +13,8 @@ from rgsp_jax.batching import map_batch
 from rgsp_jax.learning.parameters import constrain, find_start, has_start, list_learnable, unconstrain
 from rgsp_jax.method import Method, compute_dtype
 from rgsp_jax.registry import methods
-from rgsp_jax.rules import Layout, MatrixView, classify
-from rgsp_jax.trees import assign_rule, check_trees, leaf_name, resolve_method
+from rgsp_jax.rules import Layout, MatrixView
+from rgsp_jax.trees import LeafGroup, SortedLeaves, find_rows, resolve_method, sort_leaves, stack_group, take_base
 from rgsp_jax.types import InputStatistics
 
 PyTree = Any
@@ -32,15 +31,22 @@ class MatrixGroup:
     """Matrices of one shape, decomposed: B of them, of K models."""
 
     stack: Array
-    """[B, K, m, n], in the models' dtype."""
+    """[B, K, m, n], in the models' dtype; the base behind the K, for methods that need it."""
     parts: Any
     """What the method's first stage made of each, on a leading axis."""
     solution: Any
     """What its second stage made of that, where nothing that is learned enters there; else None."""
     beside: dict[str, Any]
-    """Base or input statistics of each, for methods that need them."""
-    members: tuple[tuple[str, MatrixView, int], ...] = dataclasses.field(metadata=dict(static=True))
-    """(leaf, how it is viewed as matrices, which of the B is its first)."""
+    """Input statistics of each, for methods that need them."""
+    names: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
+    """Of the leaves."""
+    views: tuple[MatrixView, ...] = dataclasses.field(metadata=dict(static=True))
+    """How each is viewed as matrices."""
+
+    @property
+    def members(self) -> Iterator[tuple[str, MatrixView, slice]]:
+        """(leaf, how it is viewed as matrices, which of the B are its own)."""
+        return zip(self.names, self.views, find_rows(self.views), strict=True)
 
 
 @jax.tree_util.register_dataclass
@@ -98,45 +104,25 @@ def prepare_family(
     if len(trees) < 2:
         raise ValueError(f"a family takes two models or more, not {len(trees)}")
     learned = check_learned(chosen, learn, hyperparameters)
-    with_base = "base" in chosen.needs
-    flat = [jax.tree_util.tree_flatten_with_path(tree) for tree in (*trees, *([base] if base is not None else []))]
-    check_trees(chosen, flat, hyperparameters, {"base": base, "covariances": inputs, "key": None})
-    inputs = inputs or {}
-    tensors: dict[str, Array] = {}
-    found: dict[Any, list[tuple[str, MatrixView, Array, Any]]] = defaultdict(list)
-    buffers, order = set(), []
-    for i, (path, _) in enumerate(flat[0][0]):
-        name, leaves = leaf_name(path), [jnp.asarray(leaves[i][1]) for leaves, _ in flat]
-        order.append((name, leaves[0].dtype))
-        rule = classify(name, leaves[0].shape, leaves[0].dtype, layout, model_type)
-        action, view = assign_rule(chosen, leaves[0].shape, rule, name in inputs)
-        if view is not None:
-            stack = jnp.stack([view.to_matrices(leaf) for leaf in leaves], axis=1)
-            beside = {"inputs": inputs[name]} if "covariances" in chosen.needs else {}
-            like = jax.tree.map(jnp.shape, beside)
-            found[view.matrices[1:], stack.dtype, str(like)].append((name, view, stack, beside))
-        elif action == "copy":
-            tensors[name] = leaves[0][None]
-            buffers.add(name)
-        else:
-            tensors[name] = jnp.stack(leaves[: len(trees)])
+    leaves = sort_leaves(trees, chosen, hyperparameters, base=base, inputs=inputs, layout=layout, model_type=model_type)
     fixed = tuple(sorted((k, v) for k, v in hyperparameters.items() if k not in learned))
-    groups = tuple(make_group(chosen, members, learned, dict(fixed), with_base) for members in found.values())
+    groups = tuple(make_group(chosen, group, leaves, learned, fixed) for group in leaves.groups)
     starts = {
         name: start
         for group in groups
         for name, start in start_group(chosen, group, learned, hyperparameters, len(trees)).items()
     }
+    others = [facts for facts in zip(leaves.names, leaves.actions, leaves.columns, strict=True) if facts[1] != "method"]
     return ModelFamily(
         groups=groups,
-        tensors=tensors,
+        tensors={name: jnp.stack(column[: 1 if action == "copy" else len(trees)]) for name, action, column in others},
         starts=starts,
         learn=learned,
         method=chosen.name,
         settings=fixed,
-        buffers=frozenset(buffers),
-        order=tuple(order),
-        structure=flat[0][1],
+        buffers=frozenset(name for name, action, _ in others if action == "copy"),
+        order=tuple((name, column[0].dtype) for name, column in zip(leaves.names, leaves.columns, strict=True)),
+        structure=leaves.structure,
         models=len(trees),
     )
 
@@ -155,27 +141,19 @@ def check_learned(method: Method, learn: Sequence[str] | None, given: Mapping[st
 
 def make_group(
     method: Method,
-    members: Sequence[tuple[str, MatrixView, Array, Any]],
+    group: LeafGroup,
+    leaves: SortedLeaves,
     learned: Iterable[str],
-    fixed: Mapping[str, Any],
-    with_base: bool,
+    fixed: tuple[tuple[str, Any], ...],
 ) -> MatrixGroup:
     """Decompose matrices of one shape."""
-    stacks = jnp.concatenate([stack for _, _, stack, _ in members])
-    counts = [view.matrices[0] for _, view, _, _ in members]
-    beside = jax.tree.map(
-        lambda *xs: jnp.stack(xs), *(own for (*_, own), n in zip(members, counts, strict=True) for _ in range(n))
-    )
-    if with_base:
-        beside = {**beside, "base": stacks[:, -1]}
-        stacks = stacks[:, :-1]
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    where = tuple((name, view, start) for (name, view, _, _), start in zip(members, starts, strict=True))
+    dtype = jnp.result_type(*(x for i in group.members for x in leaves.columns[i]))
+    stacks, beside = stack_group(group, leaves, dtype)
     parts = solution = None
     if method.stages is not None:
         known = not set(learned) & method.stages.arguments("solve")
-        parts, solution = decompose_stacks(method, tuple(sorted(fixed.items())), known, stacks, beside)
-    return MatrixGroup(stacks, parts, solution, beside, where)
+        parts, solution = decompose_stacks(method, fixed, known, stacks, beside)
+    return MatrixGroup(stacks, parts, solution, beside, tuple(leaves.names[i] for i in group.members), group.views)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -187,7 +165,8 @@ def decompose_stacks(
     assert stages is not None
 
     def decompose_one(stack: Array, own: dict[str, Any]) -> tuple[Any, Any]:
-        parts = stages.prepare(widen(stack), **stages.pick("prepare", method.defaults, fixed, own))
+        models, base = take_base(method, widen(stack))
+        parts = stages.prepare(models, **stages.pick("prepare", method.defaults, fixed, base, own))
         return parts, stages.solve(parts, **stages.pick("solve", fixed)) if known else None
 
     return map_batch(decompose_one, stacks, beside)
@@ -204,8 +183,7 @@ def start_group(
     """Leaf -> hyperparameter -> unconstrained value at which learning starts."""
     starts: dict[str, dict[str, Array]] = {}
     dtype = compute_dtype(group.stack.dtype)
-    for name, view, first in group.members:
-        rows = slice(first, first + view.matrices[0])
+    for name, _, rows in group.members:
         parts = jax.tree.map(lambda x, rows=rows: x[rows], group.parts)
         values = {key: find_start(method, key, given, parts, models, dtype) for key in learned if key != TENSORS}
         starts[name] = {key: unconstrain(method, key, value) for key, value in values.items()}
@@ -233,7 +211,7 @@ def start_coefficients(
     wanted = family.learn if learn is None else tuple(learn)
     coefficients: Coefficients = {}
     for group in family.groups:
-        for name, *_ in group.members:
+        for name in group.names:
             if select is not None and not select(name):
                 continue
             own = {key: family.starts[name][key] for key in wanted if key in family.starts[name]}
@@ -287,6 +265,11 @@ def compose_tree(family: ModelFamily, coefficients: Coefficients) -> PyTree:
         else:
             weights = weigh_models(family, find_own(family, coefficients, name))
             leaves[name] = jnp.tensordot(weights.astype(compute_dtype(stack.dtype)), widen(stack), axes=1)
+    return order_leaves(family, leaves)
+
+
+def order_leaves(family: ModelFamily, leaves: Mapping[str, Array]) -> PyTree:
+    """A tree of leaves by name, in the first model's dtypes."""
     return jax.tree_util.tree_unflatten(family.structure, [leaves[name].astype(dtype) for name, dtype in family.order])
 
 
@@ -294,9 +277,9 @@ def expert_tree(family: ModelFamily, model: Array | int) -> PyTree:
     """One of the K models itself, `model` counting from 0; leaves that are no weights are the first's."""
     leaves = {name: stack[0] if name in family.buffers else stack[model] for name, stack in family.tensors.items()}
     for group in family.groups:
-        for name, view, first in group.members:
-            leaves[name] = view.from_matrices(group.stack[first : first + view.matrices[0], model])
-    return jax.tree_util.tree_unflatten(family.structure, [leaves[name].astype(dtype) for name, dtype in family.order])
+        for name, view, rows in group.members:
+            leaves[name] = view.from_matrices(group.stack[rows, model])
+    return order_leaves(family, leaves)
 
 
 def weigh_models(family: ModelFamily, own: Mapping[str, Array]) -> Array:
@@ -311,11 +294,10 @@ def weigh_models(family: ModelFamily, own: Mapping[str, Array]) -> Array:
 def compose_group(family: ModelFamily, group: MatrixGroup, coefficients: Coefficients) -> dict[str, Array]:
     """The leaves of one group; matrices that a leaf stacks share its coefficients."""
     method = methods[family.method]
-    values = [find_own(family, coefficients, name) for name, *_ in group.members]
+    values = [find_own(family, coefficients, name) for name in group.names]
     settings = [{key: constrain(method, key, value) for key, value in own.items()} for own in values]
     settings = match_shapes(settings)
-    repeats = [view.matrices[0] for _, view, _ in group.members]
-    each = [own for own, count in zip(settings, repeats, strict=True) for _ in range(count)]
+    each = [own for own, view in zip(settings, group.views, strict=True) for _ in range(view.matrices[0])]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
     merged = map_batch(
         jax.checkpoint(functools.partial(compose_matrix, method, dict(family.settings))),
@@ -325,7 +307,7 @@ def compose_group(family: ModelFamily, group: MatrixGroup, coefficients: Coeffic
         group.beside,
         stacked,
     )
-    return {name: view.from_matrices(merged[first : first + view.matrices[0]]) for name, view, first in group.members}
+    return {name: view.from_matrices(merged[rows]) for name, view, rows in group.members}
 
 
 def match_shapes(settings: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
@@ -352,12 +334,12 @@ def compose_matrix(
     own: Mapping[str, Array],
 ) -> Array:
     """One merged matrix [m, n]."""
-    stack, stages = widen(stack), method.stages
+    (models, base), stages = take_base(method, widen(stack)), method.stages
     if stages is None:
-        return method.fn(stack, **beside, **{**fixed, **own}).merged
+        return method.fn(models, **base, **beside, **{**fixed, **own}).merged
     if solution is None:
         solution = stages.solve(parts, **stages.pick("solve", fixed, own))
-    return stages.build(stack, parts, solution, **stages.pick("build", beside, fixed, own)).merged
+    return stages.build(models, parts, solution, **stages.pick("build", base, beside, fixed, own)).merged
 
 
 def export_settings(family: ModelFamily, coefficients: Coefficients) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -367,7 +349,7 @@ def export_settings(family: ModelFamily, coefficients: Coefficients) -> dict[str
     method = methods[family.method]
     settings: dict[str, tuple[str, dict[str, Any]]] = {}
     for group in family.groups:
-        for name, *_ in group.members:
+        for name in group.names:
             own = find_own(family, coefficients, name)
             values = {key: jnp.asarray(constrain(method, key, value)).tolist() for key, value in own.items()}
             settings[name] = method.name, dict(family.settings) | values

@@ -53,6 +53,22 @@ def test_the_start_is_relative_and_of_two_models_their_mean():
     assert_trees_close(composed, merge(trees[:2], "average")[0], 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+def test_on_a_base_the_start_is_the_method(dtype):
+    """The base is widened with the models: what is learned is what a merge with the same setting computes."""
+    base, *trees = (
+        jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+        for tree in make_trees(4)
+    )
+    family = learning.prepare_family(trees, "task_arithmetic", learn=("scale",), base=base, scale=0.7)
+    composed = learning.compose_tree(family, learning.start_coefficients(family))
+    merged, _ = merge(trees, "task_arithmetic", base=base, scale=0.7)
+    eps = float(jnp.finfo(dtype).eps)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2 * eps, atol=eps), composed, merged)
+    for k, tree in enumerate(trees):
+        jax.tree.map(np.testing.assert_array_equal, learning.expert_tree(family, k), tree)
+
+
 def test_a_family_holds_what_was_asked_for():
     family = learning.prepare_family(make_trees(), rank=RANK)
     everything = learning.start_coefficients(family, "direction")
