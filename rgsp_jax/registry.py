@@ -270,6 +270,7 @@ TABLE = (
         needs=BASE,
         order_invariant=True,
         keeps_copies=False,
+        row_divisible=False,  # products of all rows with all rows
     ),
     Method(
         "knots",
@@ -281,6 +282,7 @@ TABLE = (
         keeps_copies=False,
         scale_equivariant=True,
         rotation_equivariant=True,
+        row_divisible=False,  # one basis of all models, as large as they are together
     ),
     Method(
         "core_space",
@@ -300,6 +302,7 @@ TABLE = (
         needs=BASE,
         order_invariant=True,
         keeps_copies=False,
+        row_divisible=False,  # a covariance of every model, and a system of their size for every row
     ),
 )
 

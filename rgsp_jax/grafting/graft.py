@@ -1,11 +1,11 @@
 """Grafts: what the recipient's inputs do not feel is taken from the donor (SPEC.md section 4)."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rgsp_jax.grafting.projector import NullSpaceProjector
 from rgsp_jax.linalg.dense import matmul, widen
+from rgsp_jax.linalg.solve import solve_for_rows
 
 WHITE_SHARE = 0.02
 """Of mu I in a donor's metric, so that directions without inputs on either side go to the donor, not anywhere."""
@@ -65,18 +65,13 @@ def ridge_graft(
     shift = jnp.maximum(jnp.asarray(ridge, c.dtype), least) * jnp.trace(c) / n
     shift = jnp.where(shift > 0, shift, 1)
     metric = jnp.eye(n, dtype=c.dtype)
-    change = (b - a).T
+    change = b - a
     if donor_covariance is not None:
         other = widen(donor_covariance)
         unit = jnp.trace(other) / n
         metric = WHITE_SHARE * metric + (1 - WHITE_SHARE) * other / jnp.where(unit > 0, unit, 1)
-        change = matmul(metric, change)
-    shifted = c / shift + metric
-    factor = jax.scipy.linalg.cho_factor(shifted)
-    solved = jax.scipy.linalg.cho_solve(factor, change)
-    # One step of refinement: with a small ridge the condition number eats float32's digits.
-    solved += jax.scipy.linalg.cho_solve(factor, change - matmul(shifted, solved))
-    return a + solved.T
+        change = matmul(change, metric)
+    return a + solve_for_rows(c / shift + metric, change)
 
 
 def output_change(

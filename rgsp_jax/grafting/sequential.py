@@ -11,13 +11,12 @@ differences, small where layers moved little, so that float32 sums lose nothing 
 
 from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from rgsp_jax.grafting.layer import measure_graft
-from rgsp_jax.linalg.dense import matmul
+from rgsp_jax.linalg.solve import solve_for_rows
 from rgsp_jax.method import Hyperparameter
 from rgsp_jax.types import InputStatistics, MergeOutput
 
@@ -62,11 +61,8 @@ def refit(
     system = total / unit + jnp.maximum(jnp.asarray(pull, dtype), least) * jnp.eye(n, dtype=dtype)
     high = lax.Precision.HIGHEST
     right = jnp.einsum("kmn,knp->mp", stack - start[None], covariance, precision=high)
-    right = (right + jnp.einsum("kmn,knp->mp", stack, drift, precision=high)).T / unit
-    factor = jax.scipy.linalg.cho_factor(system)
-    solved = jax.scipy.linalg.cho_solve(factor, right)
-    solved += jax.scipy.linalg.cho_solve(factor, right - matmul(system, solved))  # one step of refinement
-    return start + solved.T
+    right = (right + jnp.einsum("kmn,knp->mp", stack, drift, precision=high)) / unit
+    return start + solve_for_rows(system, right)
 
 
 def sequential_graft(

@@ -3,14 +3,13 @@
 from rgsp_jax.linalg.polar import polar_factor
 from rgsp_jax.linalg.qr import cholesky_qr, tsqr
 from rgsp_jax.linalg.rank import resolve_rank
-from rgsp_jax.linalg.rows import ROWS, divide_longer_side, rows_divided
+from rgsp_jax.linalg.rows import ROWS, rows_divided
 from rgsp_jax.linalg.subspaces import principal_angles, subspace_overlap
 from rgsp_jax.linalg.svd import truncated_svd
 
 __all__ = [
     "ROWS",
     "cholesky_qr",
-    "divide_longer_side",
     "polar_factor",
     "principal_angles",
     "resolve_rank",

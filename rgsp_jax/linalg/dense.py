@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from rgsp_jax.linalg.rows import add_parts, largest_part, on_all_parts
+from rgsp_jax.linalg.rows import add_parts, count_parts, divide_side, is_divided, largest_part, on_all_parts
 
 # The default precision is bfloat16 passes on TPU and TF32 on GPU: Gram matrices and Rayleigh-Ritz need all the bits.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -92,7 +92,19 @@ def is_orthonormal(x: Float[Array, "m r"], axis: str | None = None) -> Bool[Arra
 
 def project_out(basis: Float[Array, "m k"], x: Float[Array, "m b"]) -> Float[Array, "m b"]:
     """`(I - basis basis^T) x` for orthonormal (or zero) columns of basis."""
+    m, k = basis.shape
+    if is_divided(*x.shape) and m < x.shape[1] and k * count_parts() > m:
+        x = divide_side(x, 1)  # between rows lie k x b numbers, all but as many as x has
     return x - matmul(basis, matmul(basis.T, x))
+
+
+def multiply_factors(left: Float[Array, "m q"], right: Float[Array, "n q"]) -> Float[Array, "m n"]:
+    """`left right^T`. Where a mesh divides the rows of a wide product, its columns are made apart, if that is less to
+    pass on than the right factor."""
+    (m, q), n = left.shape, right.shape[0]
+    if not is_divided(m, n) or q * (n - m) * count_parts() <= m * n:
+        return matmul(left, right.T)
+    return divide_side(divide_side(matmul(divide_side(left, None), divide_side(right, 0).T), 1), 0)
 
 
 def power_of_two_scale(x: Float[Array, "m n"], axis: str | None = None) -> Float[Array, ""]:

@@ -59,18 +59,12 @@ def is_divided(m: int, n: int) -> bool:
     return m * n >= LEAST_ENTRIES and rows_divided()
 
 
-def divide_longer_side(x: Float[Array, "... m n"]) -> Float[Array, "... m n"]:
-    """x, with the longer side of its matrices divided over `ROWS`; x itself without such an axis.
+def divide_side(x: Float[Array, "m n"], side: int | None) -> Float[Array, "m n"]:
+    """x with its rows (0), its columns (1) or neither (None) divided by the ambient mesh, which has the axis.
 
-    Methods that decompose whole matrices say less to each other so: between the rows of a wide matrix lie m x n
-    numbers, between its columns m x m. The change of sides moves each device's own part once.
+    From one side to the other every device passes on its own part only.
     """
-    m, n = x.shape[-2:]
-    if not is_divided(m, n):
-        return x
-    sides = (None, ROWS) if m < n else (ROWS, None)
-    free = (P.UNCONSTRAINED,) * (x.ndim - 2)
-    return lax.with_sharding_constraint(x, P(*free, *sides))
+    return lax.with_sharding_constraint(x, P(*(ROWS if i == side else None for i in range(2))))
 
 
 def map_parts(

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from rgsp_jax.batching import map_batch
 from rgsp_jax.linalg import polar_factor, truncated_svd
-from rgsp_jax.linalg.dense import matmul, project_out
+from rgsp_jax.linalg.dense import multiply_factors, project_out
 from rgsp_jax.merging.task_arithmetic import Scale, task_vectors
 from rgsp_jax.merging.tsv import SVD_TOLERANCE, TaskUpdate, build_on_base, side_by_side, solve_nothing
 from rgsp_jax.method import Hyperparameter, Stages
@@ -102,7 +102,7 @@ def prepare_iso_cts(stack: Float[Array, "k m n"], base: Float[Array, "m n"], com
         "residual": residual,
         "svd_inexact": ~(residual.max() <= SVD_TOLERANCE),
     }
-    return TaskUpdate(level * matmul(u, v.T), stats)
+    return TaskUpdate(level * multiply_factors(u, v), stats)
 
 
 ISO_C_STAGES = Stages(prepare_iso_c, solve_nothing, build_on_base)

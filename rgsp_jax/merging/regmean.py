@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rgsp_jax.linalg.mean import stack_mean
+from rgsp_jax.linalg.rows import map_rows
 from rgsp_jax.method import Hyperparameter
 from rgsp_jax.types import InputStatistics, MergeOutput
 
@@ -63,6 +64,8 @@ def regmean(
     ridge = jnp.maximum(safe - (1 - alpha), 0)
     system = total * unit[:, None] * unit[None, :] + (ridge + jnp.where(seen, 0, 1)[:, None].astype(dtype)) * eye
     right = jnp.einsum("kmn,knp->mp", stack - mean[None], scaled, precision=lax.Precision.HIGHEST) * unit[None, :]
-    departure = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(system), True), right.T).T * unit[None, :]
+    factor = jnp.linalg.cholesky(system)
+    solved = map_rows(lambda x, factor: jax.scipy.linalg.cho_solve((factor, True), x.T).T, right, factor)
+    departure = solved * unit[None, :]
     singular = ~jnp.isfinite(departure).all()
     return MergeOutput(mean + jnp.where(singular, 0, departure), {"covariance_singular": singular})
