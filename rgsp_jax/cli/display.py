@@ -79,11 +79,13 @@ def show_plan(description: Mapping[str, Any]) -> None:
     table = Table(*columns, title="Groups of equal work", title_justify="left")
     for row in description["groups"]:
         shape = "x".join(map(str, row["matrix"])) if row["matrix"] else "any"
-        dealt = (str(row["waves"]), str(row["devices"]), f"{row['idle_share']:.0%}") if spread else ()
-        table.add_row(row["method"], shape, row["dtypes"], str(row["tensors"]), str(row["items"]), *dealt)
+        dealt = (str(row["waves"]), f"{row['devices']}{' together' * row['divided']}", f"{row['idle_share']:.0%}")
+        counts = str(row["tensors"]), str(row["items"])
+        table.add_row(row["method"], shape, row["dtypes"], *counts, *dealt[: len(spread)])
     console.print(table)
     if spread:
-        console.print(f"on {description['devices']} {description['platform']} devices", highlight=False)
+        held = format_bytes(description["peak_device_memory"])
+        console.print(f"on {description['devices']} {description['platform']} devices, {held} each", highlight=False)
     console.print(
         f"reads {format_bytes(description['bytes_in'])}, writes {format_bytes(description['bytes_out'])}"
         f" in {description['shards']} file(s), {description['flops']:.2g} FLOPs, peak memory"

@@ -64,19 +64,22 @@ def describe_plan(preparation: Preparation, placement: Placement | None = None) 
         "shards": len(plan_shards(plan.specs, config.max_shard_size).shards),
         "flops": plan.flops,
         "peak_memory": placement.peak_memory(plan),
+        "peak_device_memory": placement.peak_device_memory(plan),
         "seconds": estimate_seconds(preparation),
     }
 
 
 def describe_waves(waves: Sequence[Wave], devices: int) -> dict[str, Any]:
-    """How a group is dealt out: what one device holds of a wave, and the share of all devices' work that is padding."""
+    """How a group is dealt out: what one device holds of a wave, and the share of all devices' time that is padding."""
     steps = sum(wave.steps for wave in waves)
+    used = sum(wave.used * wave.divided for wave in waves)
     copied = waves[0].group.action == "copy"
     return {
         "waves": len(waves),
-        "devices": len(waves[0].shares),
+        "devices": max(len(waves[0].shares), waves[0].divided),
+        "divided": waves[0].divided > 1,
         "slots_per_device": waves[0].steps * step_rows(waves[0].group),
-        "idle_share": 0.0 if copied else round(1 - sum(wave.used for wave in waves) / (steps * devices), 4),
+        "idle_share": 0.0 if copied else round(1 - used / (steps * devices), 4),
     }
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rgsp_jax.checkpoint import Checkpoint, CovarianceFile, ShardWriter, digest
+from rgsp_jax.linalg import ROWS
 from rgsp_jax.pipeline.journal import Journal
-from rgsp_jax.pipeline.kernels import LAYERS, NOTHING, ItemOutput, run_item
+from rgsp_jax.pipeline.kernels import LAYERS, NOTHING, ItemOutput, run_divided, run_item
 from rgsp_jax.pipeline.placement import Placement, Segment, Share, Wave, place_merge
 from rgsp_jax.pipeline.plan import BLOCK, Group, InputShape, MergePlan, Piece, TensorTask, WorkItem, count_rows
 from rgsp_jax.types import InputStatistics
@@ -92,8 +93,10 @@ def execute(
             for following in itertools.islice(ahead, 1):
                 reads.append((following, reader.submit(read_wave, plan, following, checkpoints, covariances)))
             outputs: Sequence[ItemOutput | None]
-            if wave.shares[1:]:
-                outputs = compute_wave(plan, wave, sources, seed, with_base, placement.devices)
+            if wave.divided > 1:
+                outputs = [compute_divided(wave, sources[0], seed, with_base, placement.devices)]
+            elif wave.shares[1:]:
+                outputs = compute_wave(wave, sources, seed, with_base, placement.devices)
             else:
                 outputs = [compute(plan, wave.items[0], sources[0], seed, with_base)]
             if write is not None:
@@ -204,7 +207,6 @@ def compute_item(
 
 
 def compute_wave(
-    plan: MergePlan,
     wave: Wave,
     sources: Sequence[ItemSources],
     seed: int,
@@ -230,6 +232,48 @@ def compute_wave(
         leaves, structure = jax.tree.flatten(output)
         shards = jax.device_get([split(x) for x in leaves])
         return [jax.tree.unflatten(structure, of_share) for of_share in zip(*shards, strict=True)]
+
+
+def compute_divided(
+    wave: Wave, sources: ItemSources, seed: int, with_base: bool, devices: Sequence[jax.Device]
+) -> ItemOutput:
+    """Merge the matrices of an item one after the other, each on all devices together."""
+    group, used = wave.group, wave.used
+    mesh = Mesh(np.array(devices[: wave.divided]), (ROWS,))
+    salts = name_slots(wave.shares[0])
+    outputs: list[ItemOutput] = []
+    with jax.enable_x64(in_double(group)):
+        for slot in range(used):
+            weights = tuple(divide_matrix(buffer[slot], mesh) for buffer in sources.weights)
+            inputs = jax.tree.map(lambda x, i=slot: x[i], sources.inputs)
+            output = run_divided(group, weights, salts[slot], seed, with_base, inputs, mesh)
+            merged = join_matrix(output.merged, group.matrix)
+            outputs.append(ItemOutput(merged, *jax.device_get(output[1:])))  # type: ignore[arg-type]
+    return jax.tree.map(lambda *slots: slots[0][None] if len(slots) == 1 else np.stack(slots), *outputs)
+
+
+def divide_matrix(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A matrix with its longer side filled up with zeros and divided over a mesh."""
+    axis = 0 if x.shape[0] >= x.shape[1] else 1
+    length = -(-x.shape[axis] // mesh.size)
+    shards = []
+    for i, device in enumerate(mesh.devices):
+        part = x[i * length : (i + 1) * length] if axis == 0 else x[:, i * length : (i + 1) * length]
+        missing = length - part.shape[axis]
+        filled = np.pad(part, [(0, missing if d == axis else 0) for d in range(2)]) if missing else part
+        shards.append(jax.device_put(filled, device))
+    shape = tuple(mesh.size * length if d == axis else size for d, size in enumerate(x.shape))
+    placed = NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
+    return jax.make_array_from_single_device_arrays(shape, placed, shards)
+
+
+def join_matrix(x: jax.Array, matrix: tuple[int, int]) -> np.ndarray:
+    """The [m, n] of a divided matrix on the host."""
+    joined = np.empty(matrix, x.dtype)
+    for shard in x.addressable_shards:
+        own = joined[shard.index]
+        own[...] = np.asarray(shard.data)[: own.shape[0], : own.shape[1]]
+    return joined
 
 
 def name_slots(item: WorkItem | Share) -> np.ndarray:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from rgsp_jax.batching import map_batch
+from rgsp_jax.linalg import ROWS
 from rgsp_jax.method import MASKED, Method, compute_dtype
 from rgsp_jax.pipeline.plan import CHUNK, Group
 from rgsp_jax.registry import methods
@@ -96,21 +97,7 @@ def compile_item(
 
     On a mesh every device runs it on its own rows, by itself.
     """
-    method = methods[name]
-
-    def merge_one(
-        sources: tuple[Array, ...], salt: Array, traced: dict[str, Array], seed: Array, inputs: InputStatistics
-    ) -> ItemOutput:
-        dtype = compute_dtype(*(x.dtype for x in sources))
-        count = len(sources) - with_base
-        stack = jnp.stack([x.astype(dtype) for x in sources[:count]])
-        needed: dict[str, Any] = {"key": slot_key(seed, salt)} if "key" in method.needs else {}
-        if "covariances" in method.needs:
-            needed["inputs"] = inputs
-        if with_base and "base" in method.needs:
-            needed["base"] = sources[-1].astype(dtype)
-        output = method.fn(stack, **dict(static), **cast_traced(traced, dtype), **needed)
-        return measure_output(output, stack, sources, out_dtype)
+    merge_one = merge_slot(name, static, out_dtype, with_base)
 
     def merge_matrices(
         sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array, inputs: InputStatistics
@@ -132,6 +119,27 @@ def compile_item(
     return jax.jit(kernel) if mesh is None else divide_layers(kernel, mesh)
 
 
+def merge_slot(name: str, static: Static, out_dtype: np.dtype, with_base: bool) -> Any:
+    """The kernel of one matrix, or block: sources of every model, its salt, traced settings, seed and inputs."""
+    method = methods[name]
+
+    def merge_one(
+        sources: tuple[Array, ...], salt: Array, traced: dict[str, Array], seed: Array, inputs: InputStatistics
+    ) -> ItemOutput:
+        dtype = compute_dtype(*(x.dtype for x in sources))
+        count = len(sources) - with_base
+        stack = jnp.stack([x.astype(dtype) for x in sources[:count]])
+        needed: dict[str, Any] = {"key": slot_key(seed, salt)} if "key" in method.needs else {}
+        if "covariances" in method.needs:
+            needed["inputs"] = inputs
+        if with_base and "base" in method.needs:
+            needed["base"] = sources[-1].astype(dtype)
+        output = method.fn(stack, **dict(static), **cast_traced(traced, dtype), **needed)
+        return measure_output(output, stack, sources, out_dtype)
+
+    return merge_one
+
+
 def divide_layers(kernel: Any, mesh: Mesh) -> Any:
     """The jitted kernel, run on each device's own rows: nothing passes between devices."""
     own, whole = PartitionSpec(LAYERS), PartitionSpec()
@@ -139,6 +147,61 @@ def divide_layers(kernel: Any, mesh: Mesh) -> Any:
     # What is known of a device's values only serves collectives, and there are none.
     divided = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
     return jax.jit(divided, in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs))
+
+
+def run_divided(
+    group: Group,
+    sources: tuple[Array, ...],
+    salt: np.ndarray,
+    seed: int,
+    with_base: bool,
+    inputs: InputStatistics,
+    mesh: Mesh,
+) -> ItemOutput:
+    """Merge one matrix whose longer side the devices of a mesh share.
+
+    Args:
+        group: what to do.
+        sources: of every model [m, n], the longer side filled up with zeros to a multiple of the devices and divided
+            over the mesh's axis ROWS.
+        salt: [2] numbers that name the matrix.
+        seed: of the run.
+        with_base: the last source is the common ancestor.
+        inputs: [c, ...], the same on every device.
+        mesh: of all devices that share the matrix.
+
+    Returns:
+        What `run_item` returns, without its first axis; the merged matrix filled up and divided as the sources are.
+    """
+    static, traced = split_static(methods[group.method], group.hyperparameters)
+    kernel = compile_divided(group.method, static, group.out_dtype, with_base, group.matrix, mesh)
+    with jax.set_mesh(mesh):
+        return kernel(sources, salt, traced, np.uint32(seed), inputs)
+
+
+@functools.cache
+def compile_divided(
+    name: str, static: Static, out_dtype: np.dtype, with_base: bool, matrix: tuple[int, int], mesh: Mesh
+) -> Any:
+    """The jitted kernel of one divided matrix; JAX divides what follows, the decompositions divide themselves."""
+    m, n = matrix
+    merge_one = merge_slot(name, static, out_dtype, with_base)
+
+    def merge_divided(
+        sources: tuple[Array, ...], salt: Array, traced: dict[str, Array], seed: Array, inputs: InputStatistics
+    ) -> ItemOutput:
+        # The method sees the matrix as it is: zeros would count in its ranks and densities.
+        output = merge_one(tuple(x[:m, :n] for x in sources), salt, traced, seed, inputs)
+        filled = [(0, full - true) for full, true in zip(sources[0].shape, matrix, strict=True)]
+        return output._replace(merged=jnp.pad(output.merged, filled))
+
+    divided = NamedSharding(mesh, PartitionSpec(ROWS) if m >= n else PartitionSpec(None, ROWS))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        merge_divided,
+        in_shardings=(divided, whole, whole, whole, whole),
+        out_shardings=ItemOutput(divided, *[whole] * (len(ItemOutput._fields) - 1)),  # type: ignore[arg-type]
+    )
 
 
 def measure_output(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from rgsp_jax.checkpoint import format_bytes
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.plan import (
     BLOCK,
@@ -20,7 +21,10 @@ from rgsp_jax.pipeline.plan import (
     step_bytes,
     step_rows,
 )
+from rgsp_jax.registry import methods
 
+MARGIN = 0.1
+"""Share of a device's memory left to compiled programs and to what lies between buffers."""
 SIMULATED = "XLA_FLAGS=--xla_force_host_platform_device_count={}"
 """What makes one machine's processors so many devices."""
 
@@ -52,6 +56,8 @@ class Wave:
     shares: tuple[Share, ...]
     segments: tuple[tuple[Segment, ...], ...]
     """Of every item."""
+    divided: int = 1
+    """Devices that share each matrix of the one item, merged one after the other, where it is too large for one."""
 
     @property
     def group(self) -> Group:
@@ -68,6 +74,16 @@ class Wave:
         return self.shares[0].capacity // step_rows(self.group)
 
 
+@dataclass(frozen=True)
+class Devices:
+    """Which devices of this process merge, as a user says it."""
+
+    count: int | None = None
+    """None is all accelerators, or one where there are none."""
+    memory: int | None = None
+    """Bytes to take of each one's; None is what it says that it has, less a margin."""
+
+
 class Size(NamedTuple):
     """How a group's waves are cut."""
 
@@ -76,6 +92,8 @@ class Size(NamedTuple):
     devices: int
     steps: int
     """Of the kernel on each device in a wave."""
+    divided: bool = False
+    """The devices share each matrix, and take one after the other."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,8 @@ class Placement:
     devices: tuple[jax.Device, ...]
     memory: int
     """Bytes of this host's that the merge may take."""
+    device_memory: int | None = None
+    """Bytes of one device's that it may take; None is as many as are needed."""
 
     @property
     def shares_memory(self) -> bool:
@@ -93,9 +113,38 @@ class Placement:
 
     def count_bytes(self, group: Group, size: Size) -> int:
         """Bytes of the host's that waves of this size take."""
+        if size.divided:  # and the merged matrix, put together from its parts
+            own = (IN_FLIGHT * size.steps + 1) * step_bytes(group)
+            return own + (size.devices * matrix_workspace(group, size.devices) if self.shares_memory else 0)
         buffers = IN_FLIGHT * size.devices * size.steps * step_bytes(group)
         matrices = self.shares_memory and group.action == "matrices"
         return buffers + (size.devices * matrix_workspace(group) if matrices else 0)
+
+    def count_device_bytes(self, group: Group, size: Size) -> int:
+        """Bytes of one device's: for all matrices of its share at once, on a CPU for one after the other."""
+        if group.action != "matrices":
+            return size.steps * step_bytes(group)
+        if size.divided:
+            return matrix_workspace(group, size.devices) + -(-step_bytes(group) // size.devices)
+        at_once = 1 if self.shares_memory else size.steps
+        return size.steps * step_bytes(group) + at_once * matrix_workspace(group)
+
+    def fits(self, group: Group, size: Size) -> bool:
+        """Whether the host and the devices have room for waves of this size."""
+        on_device = self.device_memory is None or self.count_device_bytes(group, size) <= self.device_memory
+        return on_device and self.count_bytes(group, size) <= self.memory
+
+    def is_too_large(self, group: Group) -> bool:
+        """True where not even one matrix has room on a device."""
+        one = self.count_device_bytes(group, Size(1, 1, 1))
+        return group.action == "matrices" and self.device_memory is not None and one > self.device_memory
+
+    def divide_matrices(self, group: Group, capacity: int) -> Size | None:
+        """Every matrix of a group over as many devices as have room; None where there are not enough."""
+        if not methods[group.method].row_divisible:
+            return None
+        sizes = (Size(1, count, capacity, divided=True) for count in range(len(self.devices), 1, -1))
+        return next((size for size in sizes if self.fits(group, size)), None)
 
     def size_waves(self, items: Sequence[WorkItem]) -> Size:
         """The cut of a group's items that takes the fewest steps, then the fewest waves, then the fewest devices.
@@ -108,22 +157,25 @@ class Placement:
         single = Size(1, 1, capacity)
         if group.action == "copy":
             return single
+        if self.is_too_large(group):
+            return self.divide_matrices(group, capacity) or single
         best = (len(items) * capacity, len(items), 1), single
         for devices in range(2, min(len(self.devices), sum(steps)) + 1):
             for joined in range(1, min(len(items), devices) + 1):
                 loads = [-(-sum(steps[i : i + joined]) // devices) for i in range(0, len(items), joined)]
                 size = Size(joined, devices, loads[0])
                 rank = sum(loads), len(loads), devices
-                idle = sum(steps[:joined]) < devices
-                if rank < best[0] and not idle and self.count_bytes(group, size) <= self.memory:
+                if rank < best[0] and sum(steps[:joined]) >= devices and self.fits(group, size):
                     best = rank, size
         return best[1]
 
     def peak_memory(self, plan: MergePlan) -> int:
         """Bytes of the host's above the process's size after import."""
-        return max(
-            (self.count_bytes(w.group, Size(1, len(w.shares), w.steps)) for w in self.waves(plan.items)), default=0
-        )
+        return max((self.count_bytes(wave.group, size_of(wave)) for wave in self.waves(plan.items)), default=0)
+
+    def peak_device_memory(self, plan: MergePlan) -> int:
+        """Bytes of one device's."""
+        return max((self.count_device_bytes(wave.group, size_of(wave)) for wave in self.waves(plan.items)), default=0)
 
     def waves(self, items: Iterable[WorkItem]) -> Iterator[Wave]:
         """The items, in their order, joined into waves; a group's have one shape, the last may have another."""
@@ -134,17 +186,66 @@ class Placement:
                 yield deal_items(own[first : first + size.items], size)
 
 
-def place_merge(plan: MergePlan, *, devices: int | None = None) -> Placement:
-    """The devices that do a plan's work.
+def size_of(wave: Wave) -> Size:
+    """Of one wave as it is."""
+    return Size(len(wave.items), max(wave.divided, len(wave.shares)), wave.steps, wave.divided > 1)
 
-    Args:
-        plan: without problems.
-        devices: how many of this process's devices to take; None is all accelerators, or one where there are none.
+
+def place_merge(plan: MergePlan, *, devices: int | Devices | None = None) -> Placement:
+    """The devices that do a plan's work: so many, or as described.
 
     Raises:
-        RefusedError: there are not so many.
+        RefusedError: there are not so many, or a matrix has no room on one of them, nor divided over all.
     """
-    return Placement(choose_devices(devices), plan.memory)
+    wanted = devices if isinstance(devices, Devices) else Devices(devices)
+    chosen = choose_devices(wanted.count)
+    limit = read_limit(chosen) if wanted.memory is None else wanted.memory
+    placement = Placement(chosen, plan.memory, limit)
+    if problems := find_too_large(plan, placement):
+        raise RefusedError(problems)
+    return placement
+
+
+def read_limit(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that the smallest device lends, less a margin; None where devices do not say."""
+    stats = [device.memory_stats() or {} for device in devices]
+    limits = [of["bytes_limit"] for of in stats if "bytes_limit" in of]
+    return int((1 - MARGIN) * min(limits)) if limits else None
+
+
+def find_too_large(plan: MergePlan, placement: Placement) -> list[str]:
+    """One sentence for each group of matrices that the devices have no room for."""
+    problems = []
+    first = {id(item.group): item for item in reversed(plan.items)}
+    count = len(placement.devices)
+    for group in plan.groups:
+        item = first[id(group)]
+        capacity = item.capacity // step_rows(group)
+        if not placement.is_too_large(group) or placement.divide_matrices(group, capacity):
+            continue
+        whole = Size(1, 1, 1)
+        name, limit = item.pieces[0].name, format_bytes(placement.device_memory or 0)
+        shape = " x ".join(map(str, group.matrix))
+        need = format_bytes(placement.count_device_bytes(group, whole))
+        what = f"{name} ({shape}) by {group.method} needs {need} on a device, and {limit} are to be had"
+        mend = f"merge it by its elements (--override '{name} method=average') or --exclude it"
+        if not methods[group.method].row_divisible:
+            problems.append(f"{what}: {group.method} cannot be divided over devices; {mend}")
+            continue
+        if count == 1:
+            problems.append(f"{what}: divide it over several --devices, or {mend}")
+            continue
+        parts = Size(1, count, capacity, divided=True)
+        divided = placement.count_device_bytes(group, parts)
+        if divided <= (placement.device_memory or 0):
+            total = format_bytes(placement.count_bytes(group, parts))
+            problems.append(f"{what}; divided over {count} devices it needs --memory {total} of this machine")
+        else:
+            problems.append(
+                f"{what}, nor the {format_bytes(divided)} of {count} devices that share it: use more devices, a smaller"
+                f" rank where it has one, or {mend}"
+            )
+    return problems
 
 
 def choose_devices(count: int | None) -> tuple[jax.Device, ...]:
@@ -169,10 +270,11 @@ def deal_items(items: Sequence[WorkItem], size: Size) -> Wave:
     A last wave that needs another shape than the ones before is dealt to no more devices than it has work for.
     """
     group = items[0].group
-    if size.devices == 1:
+    if size.devices == 1 or size.divided:
         (item,) = items
         used = item.pieces[-1].slot + count_rows(group, item.pieces[-1])
-        return Wave((item,), (Share(group, item.pieces, item.capacity),), ((Segment(0, 0, used),),))
+        share = Share(group, item.pieces, item.capacity)
+        return Wave((item,), (share,), ((Segment(0, 0, used),),), size.devices)
     unit = step_rows(group)
     total = sum(item.steps for item in items)
     load = -(-total // size.devices)
@@ -186,15 +288,15 @@ def deal_items(items: Sequence[WorkItem], size: Size) -> Wave:
     for item in items:
         end = begin + item.steps
         own = []
-        for share in range(devices):
-            low, high = max(begin, bounds[share]), min(end, bounds[share + 1])
+        for number in range(devices):
+            low, high = max(begin, bounds[number]), min(end, bounds[number + 1])
             if low < high:
-                segment = Segment(share, (low - bounds[share]) * unit, (high - bounds[share]) * unit)
+                segment = Segment(number, (low - bounds[number]) * unit, (high - bounds[number]) * unit)
                 own.append(segment)
-                pieces[share] += cut_pieces(item, (low - begin) * unit, segment)
+                pieces[number] += cut_pieces(item, (low - begin) * unit, segment)
         segments.append(tuple(own))
         begin = end
-    shares = tuple(Share(group, tuple(own), load * unit) for own in pieces)
+    shares = tuple(Share(group, tuple(dealt), load * unit) for dealt in pieces)
     return Wave(tuple(items), shares, tuple(segments))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -194,6 +195,7 @@ def plan_merge(
     names: Sequence[str] | None = None,
     model_type: str | None = None,
     sites: Sequence[Mapping[str, InputSite]] = (),
+    shared_memory: bool | None = None,
 ) -> MergePlan:
     """Plan the merge of models with these headers; pure.
 
@@ -203,6 +205,7 @@ def plan_merge(
         names: tensors of the output in order; None is all of the first model.
         model_type: of the models' architecture, where known.
         sites: for every covariance file, tensor name -> where its inputs lie.
+        shared_memory: the device works in the memory of the host; None is True where it is a CPU.
 
     Returns:
         The plan; `problems` lists what the settings make impossible (too little memory, a value no tensor allows).
@@ -215,6 +218,8 @@ def plan_merge(
     for task in tasks.values():
         group = group_of(task)
         members.setdefault(group.key, (group, []))[1].append(task)
+    if shared_memory is None:
+        shared_memory = jax.default_backend() == "cpu"
     items: list[WorkItem] = []
     problems = find_wrong_sites(config, sites)
     problems += find_hyperparameter_problems(tasks.values()) + find_misfits(tasks.values())
@@ -222,7 +227,7 @@ def plan_merge(
     # The slowest work first, so that the time left is foretold from it and not from the quick rest.
     ordered = sorted(members.values(), key=lambda member: -cost_per_element(member[1]))
     for group, tensors in ordered:
-        capacity, memory = size_item(group, tensors, config.memory)
+        capacity, memory = size_item(group, tensors, config.memory, shared_memory)
         if memory > config.memory:
             problems.append(
                 f"--memory {format_bytes(config.memory)} is too little: {tensors[0].name} {list(tensors[0].shape)} by"
@@ -330,15 +335,15 @@ def group_of(task: TensorTask) -> Group:
     return Group(task.action, task.method, task.hyperparameters, matrix, task.in_dtypes, task.out_dtype, task.inputs)
 
 
-def size_item(group: Group, tensors: Sequence[TensorTask], memory: int) -> tuple[int, int]:
-    """(matrix slots or blocks in one item, bytes the merge takes with such items)."""
+def size_item(group: Group, tensors: Sequence[TensorTask], memory: int, shared_memory: bool) -> tuple[int, int]:
+    """(matrix slots or blocks in one item, bytes of the host's that the merge takes with such items)."""
     unit, step = step_rows(group), step_bytes(group)
     if group.action != "matrices":
         blocks = sum(-(-t.size // BLOCK) for t in tensors)
         steps = max(1, min(-(-blocks // unit), ITEM_ELEMENTS // (unit * BLOCK), memory // (IN_FLIGHT * step)))
         return unit * steps, IN_FLIGHT * steps * step
     m, n = group.matrix
-    workspace = matrix_workspace(group)
+    workspace = matrix_workspace(group) if shared_memory else 0
     slots = sum(t.view.matrices[0] for t in tensors if t.view)
     afford = (memory - workspace) // (IN_FLIGHT * step)
     elements = ITEM_ELEMENTS // (FACTOR_SHARE if is_factorised(group.method) else 1)
@@ -360,18 +365,25 @@ def step_bytes(group: Group) -> int:
     return math.prod(group.matrix) * per_element + (group.inputs.bytes if group.inputs else 0)
 
 
-def matrix_workspace(group: Group) -> int:
-    """Bytes one matrix takes on the device while it is merged: its float32 stack and the factors of every model."""
+def matrix_workspace(group: Group, parts: int = 1) -> int:
+    """Bytes one matrix takes on the device while it is merged: its float32 stack and the factors of every model.
+
+    Of one of several devices, where its longer side is divided into so many parts: the shorter side's are whole.
+    """
     m, n = group.matrix
     itemsize = max(4, *(d.itemsize for d in group.in_dtypes))
     count = len(group.in_dtypes)
+    own = -(-max(m, n) // parts)
+    matrix = own * min(m, n)
     if group.inputs:  # the covariance in compute precision, its factor or eigenvectors, and what LAPACK takes
-        return ((count + 4) * m * n + 5 * n * n) * itemsize
+        return ((count + 4) * matrix + 5 * n * n) * itemsize
     if not is_factorised(group.method):
-        return (count + 2) * m * n * itemsize
+        return 3 * count * matrix * itemsize
     r = rank_of(group.method, group.hyperparameters, m, n)
-    factors = count * (m + n) * min(4 * r + 40, min(m, n)) * 3 + 12 * r * r + 3 * min(m, n) ** 2
-    return ((2 * count + 4) * m * n + factors) * itemsize
+    factors = count * (own + min(m, n)) * min(4 * r + 40, min(m, n)) * 3 + 12 * r * r + 3 * min(m, n) ** 2
+    if max(m, n) % parts:  # between uneven parts JAX moves the factors by gathering them
+        factors += count * max(m, n) * r
+    return ((2 * count + 4) * matrix + factors) * itemsize
 
 
 def is_factorised(method: str) -> bool:
