@@ -83,9 +83,10 @@ def largest_difference(one, other):
     left, right = read_model(one), read_model(other)
     assert left.keys() == right.keys()
     return max(
-        np.abs(left[name].astype(np.float64) - right[name]).max() / np.abs(left[name]).max()
+        np.abs(left[name].astype(np.float64) - right[name].astype(np.float64)).max()
+        / np.abs(left[name].astype(np.float64)).max()
         for name, x in left.items()
-        if x.size and x.dtype.kind == "f"
+        if x.size and x.dtype.kind in "fV"  # bfloat16 is of numpy's kind V
     )
 
 

@@ -62,5 +62,5 @@ TOYS = (
 )
 EXTENDED = MappingProxyType({**methods, **{method.name: method for method in TOYS}})
 """The registry with the toys in it."""
-USERS = ("config", "plan", "kernels", "records")
+USERS = ("config", "plan", "kernels", "placement", "records")
 """Modules of the pipeline that look methods up."""
