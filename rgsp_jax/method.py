@@ -174,8 +174,8 @@ class Method:
     rotation_equivariant: bool = False
     """Turning the outputs (rows) of every model and of the base by one rotation turns the merge."""
     row_divisible: bool = True
-    """A mesh may divide the rows of its matrices (`rgsp_jax.linalg.rows`): what devices pass on then, and hold whole, is
-    r columns, or square in the shorter side or in what the method is given whole (covariances)."""
+    """A mesh may divide the rows of its matrices (`rgsp_jax.linalg.rows`): what devices pass on then, and hold whole,
+    is r columns, or square in the shorter side or in what the method is given whole (covariances)."""
     stages: Stages | None = None
     """Where its cost is in decompositions that many settings can share."""
 
