@@ -173,9 +173,7 @@ def begin(run: Run) -> dict[str, Any]:
 
         def settle(platforms: Sequence[str]) -> dict[str, Any]:
             require_one_platform(platforms)
-            decision = decide(
-                opened[0], run.out, processes=team.count, distributed=run.distributed, resume=run.resume
-            )
+            decision = decide(opened[0], run.out, processes=team.count, distributed=run.distributed, resume=run.resume)
             return asdict(decision)
 
         def check_own() -> dict[str, list[str]]:
@@ -189,7 +187,9 @@ def begin(run: Run) -> dict[str, Any]:
         own = decision.dealt[team.index]
         names = {name for number in own for name in decision.cut.parts[number]} if decision.cut else None
         if idle := sum(not numbers for numbers in decision.dealt):
-            team.say(f"{idle} of {team.count} processes have nothing to do: the merge has {len(decision.left)} parts")
+            verb, count = "has" if idle == 1 else "have", len(decision.left)
+            parts = f"{count} part{'s'[: count > 1]}"
+            team.say(f"{idle} of {team.count} processes {verb} nothing to do: the merge is {parts}")
         flags = team.meet("checked", check_own, lambda found: {n: f for part in found for n, f in part.items()})
         return work_in(run, preparation, decision, flags)
 
@@ -370,9 +370,10 @@ def finish(
         [known.get((k, i), "") for i in range(len(c.weight_files))] for k, c in enumerate(preparation.checkpoints)
     ]
     summary = summarise(preparation, run.out.name, records, hashes, shards)
-    processes = describe_work(decision, work) if run.distributed else None
+    processes = describe_work(decision, work) if run.distributed or decision.cut else None
     if run.overview:
         write_overview(directory, summary, records, files)
+    (directory / PROCESSES).unlink(missing_ok=True)  # of a run that got so far
     if processes is not None:
         (directory / PROCESSES).write_text(json.dumps(processes, indent=2) + "\n", encoding="utf-8")
     publish(directory, run.out)

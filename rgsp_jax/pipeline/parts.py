@@ -1,7 +1,9 @@
 """Cutting a merge into parts that processes do one by one, and dealing these to processes; pure.
 
-A part is a set of whole tensors with a weight file and a journal of its own. Parts are dealt by longest processing
-time first: the heaviest goes to whoever has least, which is never more than 4/3 of the best (Graham 1969).
+A part is a set of whole tensors with a weight file and a journal of its own. Tensors are dealt to parts, and parts to
+processes, by longest processing time first: the heaviest goes to where there is least. For equal processes without a
+limit on size the last to finish takes at most 4/3 of the best possible time (Graham, Bounds on Multiprocessing Timing
+Anomalies, 1969).
 """
 
 import json
@@ -54,7 +56,7 @@ def cut_parts(loads: Sequence[Load], max_bytes: int, processes: int) -> Cut:
     """Divide tensors into parts of about equal load, whose bytes do not pass a limit.
 
     As few parts as the limit allows, in a multiple of the number of processes where there are tensors for so many.
-    The heaviest tensors are dealt first, so that those of one shape spread over all parts.
+    The heaviest tensors are dealt first, so that those of one load spread over all parts.
 
     Args:
         loads: of every tensor, in the model's order.
@@ -62,8 +64,9 @@ def cut_parts(loads: Sequence[Load], max_bytes: int, processes: int) -> Cut:
         processes: that are to work on the parts.
     """
     order = sorted(range(len(loads)), key=lambda i: (-loads[i].seconds, -loads[i].bytes_out, i))
-    total = sum(load.bytes_out for load in loads)
-    count = processes * max(1, -(-total // (max_bytes * processes)))
+    large = [load for load in loads if load.bytes_out > max_bytes]
+    rest = sum(load.bytes_out for load in loads) - sum(load.bytes_out for load in large)
+    count = processes * max(1, -(-(len(large) + -(-rest // max_bytes)) // processes))
     while True:
         packed = pack([loads[i] for i in order], max_bytes, count)
         if packed is not None:

@@ -17,7 +17,7 @@ import threading
 import time
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from rgsp_jax.errors import NotFiniteError, RefusedError
@@ -100,7 +100,7 @@ class Processes:
     ) -> None:
         self.index, self.count, self.kept = index, count, NOTHING_KEPT
         self._client, self._say, self._error = client, say, error or write_error
-        self._problems: tuple[str, ...] = ()
+        self._reason: Mapping[str, Any] = {}
         self._stopped, self._heeded, self._closing = threading.Event(), threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=watch, name=f"rgsp-{watch.__name__}", daemon=True)
@@ -116,7 +116,7 @@ class Processes:
             self._put(f"rgsp/{name}/conclusion", self._conclude(name, conclude))
         found = self._get(f"rgsp/{name}/conclusion")
         if "problems" in found:
-            raise (NotFiniteError if found.get("not_finite") else RefusedError)(found["problems"])
+            raise to_refusal(found)
         return found["value"]
 
     def _attempt(self, work: Callable[[], Any], *, stop: bool = False) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Processes:
         except RefusedError as refusal:
             if stop:
                 raise
-            return {"problems": refusal.problems, "not_finite": isinstance(refusal, NotFiniteError)}
+            return from_refusal(refusal)
 
     def _conclude(self, name: str, conclude: Meeting | None) -> dict[str, Any]:
         """What process 0 makes of all results."""
@@ -172,27 +172,27 @@ class Processes:
     @property
     def problems(self) -> tuple[str, ...]:
         """Why all stop; empty while they do not."""
-        return self._problems
+        return tuple(self._reason.get("problems", ()))
 
     def check(self) -> None:
         if self._stopped.is_set():
             self._heeded.set()
-            raise RefusedError(self._problems)
+            raise to_refusal(self._reason)
 
     def say(self, text: str) -> None:
         if self.index == 0:
             self._say(text)
 
     def fail(self, error: BaseException) -> None:
-        self._stop(describe_end(error, self))
+        self._stop(from_refusal(error if isinstance(error, RefusedError) else RefusedError(describe_end(error, self))))
         if self.index == 0:
             self._outlive()
 
-    def _stop(self, problems: Sequence[str]) -> None:
+    def _stop(self, reason: Mapping[str, Any]) -> None:
         """End the work of all; the first to say why is heard."""
         self._heeded.set()
         try:
-            self._client.key_value_set(STOP, json.dumps({"problems": list(problems)}))
+            self._client.key_value_set(STOP, json.dumps(reason))
         except Exception as error:
             if "ALREADY_EXISTS" not in str(error):
                 raise
@@ -202,7 +202,7 @@ class Processes:
         self._heeded.set()
         self._closing.set()
         if self.index == 0:
-            self._stop(())
+            self._stop({})
         for thread in self._threads:
             thread.join()
 
@@ -213,11 +213,11 @@ class Processes:
                 text = self._look(STOP)
             except Exception:
                 if not self._closing.is_set():
-                    self._end([describe_lost([0], self.count, self.kept)], at_once=True)
+                    self._end(self._explain_lost([0]), at_once=True)
                 return
             if text is not None:
-                if problems := json.loads(text)["problems"]:
-                    self._end(problems)
+                if reason := json.loads(text):
+                    self._end(reason)
                 return
 
     def _count_living(self) -> None:
@@ -232,15 +232,18 @@ class Processes:
                 return
             lost = [process for process in everyone if process not in living]
             if lost and not self._closing.is_set() and not self._stopped.is_set() and self._look(STOP) is None:
-                self._end([describe_lost(lost, self.count, self.kept)])
+                self._end(self._explain_lost(lost))
             self._closing.wait(0.05 if self._closing.is_set() else LIVE_SECONDS)
 
-    def _end(self, problems: Sequence[str], *, at_once: bool = False) -> None:
+    def _explain_lost(self, lost: Sequence[int]) -> Mapping[str, Any]:
+        return from_refusal(RefusedError(describe_lost(lost, self.count, self.kept)))
+
+    def _end(self, reason: Mapping[str, Any], *, at_once: bool = False) -> None:
         """Have the main thread raise; where it is too busy, end the process."""
-        self._problems = tuple(problems)
+        self._reason = reason
         self._stopped.set()
         if at_once or not self._heeded.wait(GRACE_SECONDS):
-            self._error(self._problems)
+            self._error(self.problems)
             if self.index == 0 and not at_once:
                 self._outlive()
             os._exit(REFUSED)
@@ -257,20 +260,28 @@ def write_error(problems: Sequence[str]) -> None:
     sys.stderr.flush()
 
 
-def describe_end(error: BaseException, team: Processes) -> tuple[str, ...]:
+def from_refusal(refusal: RefusedError) -> dict[str, Any]:
+    """A refusal as data."""
+    return {"problems": list(refusal.problems), "not_finite": isinstance(refusal, NotFiniteError)}
+
+
+def to_refusal(data: Mapping[str, Any]) -> RefusedError:
+    """The refusal that another process met with."""
+    return (NotFiniteError if data.get("not_finite") else RefusedError)(data["problems"])
+
+
+def describe_end(error: BaseException, team: Processes) -> str:
     """What the others are told when a process ends before its time."""
-    if isinstance(error, RefusedError):
-        return error.problems
-    kept = team.kept
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return (f"process {team.index} of {team.count} was stopped; {kept}",)
+        return f"process {team.index} of {team.count} was stopped; {team.kept}"
     what = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-    return (f"process {team.index} of {team.count} failed ({what}), see its output; {kept}",)
+    return f"process {team.index} of {team.count} failed ({what}), see its output; {team.kept}"
 
 
 def describe_lost(lost: Sequence[int], count: int, kept: str) -> str:
     """The sentence on processes that are gone."""
-    who = f"process {lost[0]} of {count} was lost" if len(lost) == 1 else f"processes {lost} of {count} were lost"
+    names = ", ".join(map(str, lost))
+    who = f"process {names} of {count} was lost" if len(lost) == 1 else f"processes {names} of {count} were lost"
     return f"{who} (killed, out of memory, or cut off); {kept}"
 
 

@@ -80,8 +80,8 @@ def test_progress_is_for_terminals(tmp_path, rgsp, models, monkeypatch):
 def test_every_flag_reaches_the_merge(tmp_path, rgsp, models, monkeypatch):
     seen = {}
 
-    def capture(config, out, *, resume, progress):
-        seen.update(config=config, out=out, resume=resume)
+    def capture(config, out, *, resume, devices, **_):
+        seen.update(config=config, out=out, resume=resume, devices=devices)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(merge_command, "merge_checkpoints", capture)

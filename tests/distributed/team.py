@@ -4,8 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MEMBER = Path(__file__).with_name("member.py")
 HEARTBEAT = 6
@@ -24,35 +27,52 @@ def environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(MEMBER.parents[1]), "JAX_PLATFORMS": "cpu"}
 
 
-def start(arguments: Sequence[object], options: Sequence[object] = ()) -> subprocess.Popen:
-    """One process: what `rgsp` gets, and what happens to it."""
-    command = [sys.executable, str(MEMBER), *map(str, options), "--", "merge", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+@dataclass(frozen=True)
+class Special:
+    """What is different about one process."""
+
+    options: Sequence[object] = ()
+    """Of member.py."""
+    arguments: Sequence[object] = ()
+    """Of rgsp, behind those of all."""
+    directory: Path | None = None
+    """Where it runs."""
+
+
+def start(arguments: Sequence[object], special: Special = Special()) -> subprocess.Popen:
+    """One process with these arguments of `rgsp merge`."""
+    command = [sys.executable, str(MEMBER), *map(str, special.options), "--", "merge"]
+    command += map(str, [*arguments, *special.arguments])
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=special.directory,
+    )
 
 
 def start_team(
-    arguments: Sequence[object],
-    count: int,
-    options: Mapping[int, Sequence[object]] | None = None,
-    extra: Mapping[int, Sequence[object]] | None = None,
+    arguments: Sequence[object], count: int, specials: Mapping[int, Special] | None = None, **all_of_them: Any
 ) -> list[subprocess.Popen]:
-    """All processes of one merge; `options` and `extra` are what single ones are told besides."""
+    """All processes of one merge."""
     port = free_port()
+    usual = Special(**all_of_them)
     return [
         start(
             [
                 *arguments,
                 *("--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", count, "--process", index),
-                *("--heartbeat-timeout", HEARTBEAT, "--start-timeout", 60),
-                *(extra or {}).get(index, ()),
+                *("--heartbeat-timeout", HEARTBEAT, "--start-timeout", 100),
             ],
-            (options or {}).get(index, ()),
+            (specials or {}).get(index, usual),
         )
         for index in range(count)
     ]
 
 
-def finish(team: Sequence[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str, list[str]]]:
+def finish(team: Sequence[subprocess.Popen], timeout: float = 150) -> list[tuple[int, str, list[str]]]:
     """(exit code, what was printed, lines of errors) of every process."""
     outcomes = []
     try:
@@ -63,3 +83,18 @@ def finish(team: Sequence[subprocess.Popen], timeout: float = 120) -> list[tuple
         for process in team:
             process.kill()
     return outcomes
+
+
+def count_items(workshop: Path) -> int:
+    """Items that the journals of a workshop have."""
+    return sum(path.read_bytes().count(b"\n") - 1 for path in workshop.glob("journal*.jsonl"))
+
+
+def wait_for_items(team: Sequence[subprocess.Popen], workshop: Path, count: int) -> None:
+    """Wait until so many are done, and all processes still work."""
+    deadline = time.monotonic() + 150
+    while count_items(workshop) < count:
+        assert time.monotonic() < deadline
+        for process in team:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
