@@ -62,8 +62,8 @@ def find_start(method: Method, name: str, given: Mapping[str, Any], parts: Any, 
     if name == "directions" and name not in given:  # where the family's member is `relative`
         scale = automatic_scale(parts.rho).mean() if models > 2 else 0.0
         return jnp.full(models, scale, dtype)
-    if name == "coefficients" and value is None:
-        return jnp.full(models, 1 / models, dtype)
+    if name == "coefficients" and value is None:  # every method's null: where it divides by their sum, that is uniform
+        return jnp.ones(models, dtype)
     if isinstance(value, str) or value is None:
         raise ValueError(f"{name} of {method.name!r} is {value!r} and no number: give the number to start at")
     array = jnp.asarray(value, dtype)
