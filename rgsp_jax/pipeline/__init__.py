@@ -4,10 +4,12 @@ from rgsp_jax.pipeline.config import MergeConfig, Override, parse_config, read_c
 from rgsp_jax.pipeline.describe import describe_plan
 from rgsp_jax.pipeline.launch import connect_processes
 from rgsp_jax.pipeline.merge import MergeResult, merge_checkpoints
+from rgsp_jax.pipeline.placement import Devices
 from rgsp_jax.pipeline.plan import MergePlan, plan_merge
 from rgsp_jax.pipeline.preparation import Preparation, prepare
 
 __all__ = [
+    "Devices",
     "MergeConfig",
     "MergePlan",
     "MergeResult",

@@ -1,11 +1,14 @@
 """A merge in a process of its own that reports its memory; run by test_memory.py, or by hand:
 
-python tests/pipeline/measured_merge.py make PLACE LAYERS            # writes PLACE/a and PLACE/b
-python tests/pipeline/measured_merge.py merge PLACE METHOD [INCLUDE]  # merges them into PLACE/out, rank 64
+python tests/pipeline/measured_merge.py make PLACE LAYERS                # writes PLACE/a and PLACE/b
+python tests/pipeline/measured_merge.py make PLACE LAYERS --head ROWS    # and a matrix of so many rows
+python tests/pipeline/measured_merge.py merge PLACE METHOD OUT [INCLUDE] # merges them into OUT, rank 64
+    --devices N --device-memory SIZE --memory SIZE                       # on simulated devices, as `rgsp merge` does
 """
 
+import argparse
 import json
-import sys
+import os
 import time
 from pathlib import Path
 
@@ -25,11 +28,12 @@ LAYER = {
 }
 
 
-def make(place: Path, layers: int) -> None:
+def make(place: Path, layers: int, head: int) -> None:
     """Two siblings in bfloat16: decaying spectra like those of trained weights, differences of a few per cent."""
     from rgsp_jax.checkpoint import ShardWriter, TensorSpec, plan_shards
 
-    shapes = {"model.embed_tokens.weight": (WORDS, HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {"score.weight": (head, HIDDEN)} if head else {}
+    shapes |= {"model.embed_tokens.weight": (WORDS, HIDDEN)} if layers else {}
     shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in LAYER.items()}
     specs = [TensorSpec(name, shape, np.dtype(ml_dtypes.bfloat16)) for name, shape in shapes.items()]
     for k, sibling in enumerate("ab"):
@@ -51,28 +55,56 @@ def read_status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
-def merge(place: Path, method: str, out: Path, include: str | None) -> None:
+def merge(arguments: argparse.Namespace) -> None:
     """Print seconds, bytes read, planned peak and measured peak above the size after import, as JSON."""
     from rgsp_jax.pipeline import MergeConfig, merge_checkpoints, prepare
+    from rgsp_jax.pipeline.config import parse_size
+    from rgsp_jax.pipeline.placement import Devices, place_merge
 
+    method, place = arguments.method, arguments.place
     rank = {"rank": 64} if method in ("relative", "rgsp") else {}
-    patterns = (include,) if include else ()
+    patterns = (arguments.include,) if arguments.include else ()
     models = (str(place / "a"), str(place / "b"))
-    config = MergeConfig(models=models, method=method, hyperparameters=rank, include=patterns)
+    config = MergeConfig(
+        models=models, method=method, hyperparameters=rank, include=patterns, memory=parse_size(arguments.memory)
+    )
+    held = parse_size(arguments.device_memory) if arguments.device_memory else None
+    devices = Devices(arguments.devices, held)
     before = read_status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     start = time.perf_counter()
-    result = merge_checkpoints(config, out)
+    result = merge_checkpoints(config, arguments.out, devices=devices)
     seconds = time.perf_counter() - start
     peak = read_status("VmHWM") - before
     with prepare(config) as preparation:
-        planned = preparation.plan.peak_memory
+        planned = place_merge(preparation.plan, devices=devices).peak_memory(preparation.plan)
     found = {"method": method, "seconds": seconds, "bytes_in": result.bytes_in, "planned": planned, "peak": peak}
     print(json.dumps(found))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="command", required=True)
+    making, merging = commands.add_parser("make"), commands.add_parser("merge")
+    making.add_argument("place", type=Path)
+    making.add_argument("layers", type=int)
+    making.add_argument("--head", type=int, default=0)
+    merging.add_argument("place", type=Path)
+    merging.add_argument("method")
+    merging.add_argument("out", type=Path)
+    merging.add_argument("include", nargs="?")
+    merging.add_argument("--devices", type=int)
+    merging.add_argument("--device-memory")
+    merging.add_argument("--memory", default="1GB")
+    arguments = parser.parse_args()
+    if arguments.command == "make":
+        make(arguments.place, arguments.layers, arguments.head)
+        return
+    if arguments.devices:
+        simulated = f"--xla_force_host_platform_device_count={arguments.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}"
+    merge(arguments)
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "make":
-        make(Path(sys.argv[2]), int(sys.argv[3]))
-    else:
-        merge(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), (sys.argv[5:] or [None])[0])
+    main()
