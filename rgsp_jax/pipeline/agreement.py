@@ -62,6 +62,14 @@ def require_agreement(facts: Sequence[Facts]) -> None:
         raise RefusedError(problems)
 
 
+def ask_platform() -> str:
+    """The kind of device that this process computes on; RefusedError where JAX gets none."""
+    try:
+        return jax.default_backend()
+    except RuntimeError as error:
+        raise RefusedError(f"JAX gets no devices: {(str(error).splitlines() or [''])[0]}") from None
+
+
 def require_one_platform(platforms: Sequence[str]) -> None:
     """RefusedError where processes compute on different kinds of device."""
     found = {p: [i for i, other in enumerate(platforms) if other == p] for p in dict.fromkeys(platforms)}

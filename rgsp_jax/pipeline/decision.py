@@ -73,8 +73,13 @@ def decide(preparation: Preparation, out: Path, *, processes: int, distributed: 
     return Decision(mark, cut, left, deal(left, processes))
 
 
-def describe_work(decision: Decision, work: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What every process had to do, by the planner and by the clock; imbalances are the largest over the mean."""
+def describe_work(
+    decision: Decision, work: Sequence[Mapping[str, Any]], audited: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What every process had to do, by the planner and by the clock; imbalances are the largest over the mean.
+
+    `bytes_read` are those of weights that were merged, `bytes_hashed` of the models' whole files, for the report.
+    """
     predicted = [sum(decision.left[number] for number in numbers) for numbers in decision.dealt]
     total = sum(predicted) or 1.0
     seconds = [one["seconds"] for one in work]
@@ -83,6 +88,7 @@ def describe_work(decision: Decision, work: Sequence[Mapping[str, Any]]) -> dict
         "parts": len(decision.left),
         "parts_by_process": [[number + 1 for number in numbers] for numbers in decision.dealt],
         "bytes_read": [one["bytes_read"] for one in work],
+        "bytes_hashed": [one["bytes_hashed"] for one in audited],
         "seconds": seconds,
         "predicted_share": [round(own / total, 4) for own in predicted],
         "predicted_imbalance": round(imbalance(predicted), 4),

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from rgsp_jax.checkpoint import (
     Checkpoint,
     ShardPlan,
@@ -23,7 +21,7 @@ from rgsp_jax.checkpoint import (
 )
 from rgsp_jax.checkpoint.shard_writer import replace_file, write_index
 from rgsp_jax.errors import NotFiniteError, RefusedError
-from rgsp_jax.pipeline.agreement import gather_facts, require_agreement, require_one_platform
+from rgsp_jax.pipeline.agreement import ask_platform, gather_facts, require_agreement, require_one_platform
 from rgsp_jax.pipeline.audit import audit, audit_whole
 from rgsp_jax.pipeline.config import MergeConfig
 from rgsp_jax.pipeline.decision import Decision, check_place, decide, describe_work
@@ -38,7 +36,7 @@ from rgsp_jax.pipeline.preparation import Preparation, check_buffers, check_cova
 from rgsp_jax.pipeline.processes import Alone, Team
 from rgsp_jax.pipeline.records import build_records, collect_pieces, find_bad_inputs, find_bad_outputs
 from rgsp_jax.pipeline.work import (
-    Hashes,
+    FileHash,
     OpenPart,
     Progress,
     forget_damaged,
@@ -163,6 +161,8 @@ def merge_checkpoints(
 def begin(run: Run) -> dict[str, Any]:
     """Everything before the workshop, so that a refusal leaves nothing behind; then the rest."""
     team = run.team
+    if team.count > 1:  # first of all, since no process gets its devices before all ask for them
+        team.meet("started", ask_platform, require_one_platform)
     team.meet("cleared", nothing, lambda _: clear_finished(run.out, run.workshop) if run.resume else None)
     with ExitStack() as stack:
         opened: list[Preparation] = []
@@ -171,8 +171,7 @@ def begin(run: Run) -> dict[str, Any]:
             opened.append(stack.enter_context(prepare(run.config, run.out)))
             return gather_facts(opened[0]) if team.count > 1 else {}
 
-        def settle(platforms: Sequence[str]) -> dict[str, Any]:
-            require_one_platform(platforms)
+        def settle(_: object) -> dict[str, Any]:
             decision = decide(opened[0], run.out, processes=team.count, distributed=run.distributed, resume=run.resume)
             return asdict(decision)
 
@@ -183,7 +182,7 @@ def begin(run: Run) -> dict[str, Any]:
 
         team.meet("opened", open_models, require_agreement)
         preparation = opened[0]
-        decision = Decision.of(team.meet("settled", jax.default_backend, settle))
+        decision = Decision.of(team.meet("settled", nothing, settle))
         own = decision.dealt[team.index]
         names = {name for number in own for name in decision.cut.parts[number]} if decision.cut else None
         if idle := sum(not numbers for numbers in decision.dealt):
@@ -302,7 +301,7 @@ def merge_own(run: Run, preparation: Preparation, parts: Sequence[OpenPart]) -> 
     }
 
 
-def audit_own(run: Run, parts: Sequence[OpenPart], hashes: Hashes) -> dict[str, Any]:
+def audit_own(run: Run, parts: Sequence[OpenPart], hashes: Sequence[FileHash]) -> dict[str, Any]:
     """Audit the files of this process, and wait for the models' hashes that fell to it."""
     total = sum(part.plan.bytes_out for part in parts)
     found: list[tuple[dict[str, str], dict[str, str]]] = []
@@ -319,7 +318,8 @@ def audit_own(run: Run, parts: Sequence[OpenPart], hashes: Hashes) -> dict[str, 
     return {
         "digests": [digests for digests, _ in found],
         "files": {name: value for _, files in found for name, value in files.items()},
-        "hashes": [[model, file, future.result()] for model, file, future in hashes],
+        "hashes": [[of.model, of.file, of.value.result()] for of in hashes],
+        "bytes_hashed": sum(of.size for of in hashes),
     }
 
 
@@ -370,7 +370,7 @@ def finish(
         [known.get((k, i), "") for i in range(len(c.weight_files))] for k, c in enumerate(preparation.checkpoints)
     ]
     summary = summarise(preparation, run.out.name, records, hashes, shards)
-    processes = describe_work(decision, work) if run.distributed or decision.cut else None
+    processes = describe_work(decision, work, audited) if run.distributed or decision.cut else None
     if run.overview:
         write_overview(directory, summary, records, files)
     (directory / PROCESSES).unlink(missing_ok=True)  # of a run that got so far

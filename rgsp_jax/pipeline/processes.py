@@ -18,6 +18,7 @@ import time
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from rgsp_jax.errors import NotFiniteError, RefusedError
@@ -191,11 +192,8 @@ class Processes:
     def _stop(self, reason: Mapping[str, Any]) -> None:
         """End the work of all; the first to say why is heard."""
         self._heeded.set()
-        try:
+        with suppress(Exception):  # said before by another process, or nobody is there to be told
             self._client.key_value_set(STOP, json.dumps(reason))
-        except Exception as error:
-            if "ALREADY_EXISTS" not in str(error):
-                raise
 
     def close(self) -> None:
         """Leave; process 0 is the last, since the others cannot do without it."""
@@ -250,8 +248,9 @@ class Processes:
 
     def _outlive(self) -> None:
         """Wait until the others have left or are lost: they cannot do without process 0."""
-        while len(self._client.get_live_nodes(list(range(self.count)))) > 1:
-            time.sleep(0.05)
+        with suppress(Exception):
+            while len(self._client.get_live_nodes(list(range(self.count)))) > 1:
+                time.sleep(0.05)
 
 
 def write_error(problems: Sequence[str]) -> None:

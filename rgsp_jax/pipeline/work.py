@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rgsp_jax.checkpoint import Checkpoint, ShardPlan, ShardWriter, hash_file, plan_shards
 from rgsp_jax.checkpoint.shard_plan import keep_shards
@@ -132,18 +133,25 @@ def merge_part(
     )
 
 
-Hashes = list[tuple[int, int, Future[str]]]
-"""Number of a model, number of its file, and the file's SHA-256 to be."""
+class FileHash(NamedTuple):
+    """SHA-256 of a model's file, to be."""
+
+    model: int
+    file: int
+    size: int
+    """Bytes."""
+    value: Future[str]
 
 
 @contextmanager
-def hash_files(checkpoints: Sequence[Checkpoint], index: int, count: int) -> Iterator[Hashes]:
+def hash_files(checkpoints: Sequence[Checkpoint], index: int, count: int) -> Iterator[list[FileHash]]:
     """Hash the models' files beside the merge, those that fall to process `index` of `count`."""
     files = [(k, i, path) for k, checkpoint in enumerate(checkpoints) for i, path in enumerate(checkpoint.weight_files)]
-    own = deal([float(path.stat().st_size) for _, _, path in files], count)[index]
+    sizes = [path.stat().st_size for _, _, path in files]
+    own = [(files[j], sizes[j]) for j in deal([float(size) for size in sizes], count)[index]]
     with ThreadPoolExecutor(1, "rgsp-hash") as pool:
         try:
-            yield [(files[j][0], files[j][1], pool.submit(hash_file, files[j][2])) for j in own]
+            yield [FileHash(model, file, size, pool.submit(hash_file, path)) for (model, file, path), size in own]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

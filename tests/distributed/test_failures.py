@@ -110,10 +110,11 @@ def test_a_full_disk_in_one_process(tmp_path, models, uninterrupted):
     out, workshop = tmp_path / "out", tmp_path / "out.incomplete"
     merge = settings(models, out)
     usual = Special(SLOW)
-    outcomes = finish(start_team(merge, 4, {0: usual, 1: Special([*SLOW, "--fail", 2]), 2: usual, 3: usual}))
+    outcomes = finish(start_team(merge, 4, {0: usual, 1: usual, 2: Special([*SLOW, "--fail", 2]), 3: usual}))
     sentence = f"error: No space left on device (/a/full/disk); what is done so far is in {workshop}: mend it and use"
     assert [(code, printed) for code, printed, _ in outcomes] == [(2, "")] * 4
     assert {tuple(errors) for _, _, errors in outcomes} == {(f"{sentence} --resume",)}
+    assert count_items(workshop) > 0
     outcomes = finish(start_team([*merge, "--resume"], 4))
     assert [code for code, _, _ in outcomes] == [0] * 4
     assert without_own(out) == uninterrupted

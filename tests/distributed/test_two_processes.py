@@ -69,6 +69,7 @@ def test_two_processes_write_what_one_does(tmp_path, models):
     copied = found["embeddings.position_ids"].nbytes
     assert sorted(b - m for b, m in zip(work["bytes_read"], merged, strict=True)) == [0, copied]
     assert sum(work["bytes_read"]) == result["bytes_in"]
+    assert sum(work["bytes_hashed"]) == sum((Path(model) / "model.safetensors").stat().st_size for model in models)
     assert [p.name for p in tmp_path.glob("*.incomplete")] == []
     there, usual = set(tree_bytes(tmp_path / "out")), set(tree_bytes(tmp_path / "alone"))
     assert {name for name in there ^ usual if not name.startswith("model-")} == {"merge_processes.json"}
