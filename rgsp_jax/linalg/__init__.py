@@ -5,11 +5,12 @@ from rgsp_jax.linalg.qr import cholesky_qr, tsqr
 from rgsp_jax.linalg.rank import resolve_rank
 from rgsp_jax.linalg.rows import ROWS, rows_divided
 from rgsp_jax.linalg.subspaces import principal_angles, subspace_overlap
-from rgsp_jax.linalg.svd import truncated_svd
+from rgsp_jax.linalg.svd import drop_null_directions, truncated_svd
 
 __all__ = [
     "ROWS",
     "cholesky_qr",
+    "drop_null_directions",
     "polar_factor",
     "principal_angles",
     "resolve_rank",

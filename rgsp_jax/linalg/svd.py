@@ -12,6 +12,7 @@ from rgsp_jax.linalg.svd_algorithms import ALGORITHMS, Factors, factorise
 from rgsp_jax.linalg.svd_derivative import singular_tangents
 from rgsp_jax.types import TruncatedSVD
 
+_NULL = 64  # times eps times the largest singular value, as for the polar factor
 _DEFAULT_TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
 
@@ -56,6 +57,25 @@ def truncated_svd(
         tolerance = _DEFAULT_TOLERANCE[w.dtype.name]
     active = jnp.asarray(rank if active_rank is None else active_rank, jnp.int32)
     return _masked_svd(w, active, int(rank), algorithm, float(tolerance))
+
+
+def drop_null_directions(svd: TruncatedSVD, size: Float[Array, "..."] | None = None) -> TruncatedSVD:
+    """Zero columns for the triples whose singular value is zero to rounding: at most `eps max(64 s_1, 8 size)`.
+
+    Their vectors are some completion to orthonormal ones, which another algorithm or mesh completes otherwise. What
+    looks at vectors without their singular values, as a polar factor of several models' does, would depend on that.
+
+    Args:
+      svd: of one matrix, or of several on leading axes.
+      size: Frobenius norm of what each matrix was the difference of, whose rounding it carries.
+    """
+    eps = float(jnp.finfo(svd.s.dtype).eps)
+    cutoff = _NULL * eps * svd.s[..., 0]
+    if size is not None:
+        cutoff = jnp.maximum(cutoff, 8 * eps * size)
+    kept = svd.s > cutoff[..., None]
+    u, v = (jnp.where(kept[..., None, :], x, 0) for x in (svd.u, svd.v))
+    return TruncatedSVD(u, jnp.where(kept, svd.s, 0), v, svd.residual)
 
 
 def _check_arguments(w: Array, rank: int, tolerance: float | None, algorithm: str) -> None:

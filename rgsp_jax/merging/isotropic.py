@@ -3,10 +3,11 @@
 from typing import Annotated
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from rgsp_jax.batching import map_batch
-from rgsp_jax.linalg import polar_factor, truncated_svd
+from rgsp_jax.linalg import drop_null_directions, polar_factor, truncated_svd
 from rgsp_jax.linalg.dense import multiply_factors, project_out
 from rgsp_jax.merging.task_arithmetic import Scale, task_vectors
 from rgsp_jax.merging.tsv import SVD_TOLERANCE, TaskUpdate, build_on_base, side_by_side, solve_nothing
@@ -87,11 +88,12 @@ def prepare_iso_cts(stack: Float[Array, "k m n"], base: Float[Array, "m n"], com
     left, values, right, residuals = [], [], [], []
     outside = vectors
     if common:
-        shared = truncated_svd(vectors.sum(0), common)
+        shared = drop_null_directions(truncated_svd(vectors.sum(0), common))
         outside = map_batch(lambda x: project_out(shared.u, x), vectors)
         left, values, right, residuals = [shared.u], [shared.s], [shared.v], [shared.residual]
     if each:
         own = map_batch(lambda x: truncated_svd(x, each), outside)
+        own = drop_null_directions(own, jnp.linalg.norm(lax.stop_gradient(vectors), axis=(1, 2)))
         left, right = [*left, side_by_side(own.u)], [*right, side_by_side(own.v)]
         values, residuals = [*values, own.s.reshape(-1)], [*residuals, own.residual.max()]
     u, v = (polar_factor(jnp.concatenate(x, axis=1)) for x in (left, right))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rgsp_jax.batching import map_batch
-from rgsp_jax.linalg import polar_factor, truncated_svd
+from rgsp_jax.linalg import drop_null_directions, polar_factor, truncated_svd
 from rgsp_jax.linalg.dense import multiply_factors, scale_columns
 from rgsp_jax.merging.task_arithmetic import Scale, task_vectors
 from rgsp_jax.method import Stages
@@ -56,7 +56,7 @@ def prepare_tsv(stack: Float[Array, "k m n"], base: Float[Array, "m n"]) -> Task
     """`U diag(S) V^T`."""
     vectors = task_vectors(stack, base)
     rank = max(1, min(base.shape) // stack.shape[0])
-    svds = map_batch(lambda x: truncated_svd(x, rank), vectors)
+    svds = drop_null_directions(map_batch(lambda x: truncated_svd(x, rank), vectors))
     u, v = (polar_factor(side_by_side(x)) for x in (svds.u, svds.v))
     return TaskUpdate(multiply_factors(scale_columns(u, svds.s.reshape(-1)), v), svd_stats(svds))
 

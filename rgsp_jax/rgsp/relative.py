@@ -5,7 +5,7 @@ from typing import Annotated, Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rgsp_jax.linalg import polar_factor
+from rgsp_jax.linalg import drop_null_directions, polar_factor
 from rgsp_jax.linalg.mean import stack_mean
 from rgsp_jax.method import ActiveRank, Hyperparameter, Rank, Stages
 from rgsp_jax.rgsp.alignment import PRECISION, decompose, unstack
@@ -92,8 +92,9 @@ def decorrelate(parts: RelativeSvds, active_rank: Array | int | None = None) -> 
     """Polar factors of all models' directions side by side; every scale is then a few products away (`compose`)."""
     count = parts.svds.s.shape[0]
     svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
-    u = polar_factor(jnp.concatenate([d.u for d in svds], axis=1))
-    v = polar_factor(jnp.concatenate([d.v for d in svds], axis=1))
+    there = [drop_null_directions(d) for d in svds]
+    u = polar_factor(jnp.concatenate([d.u for d in there], axis=1))
+    v = polar_factor(jnp.concatenate([d.v for d in there], axis=1))
     s = jnp.stack([d.s for d in svds])
     left, right = (jnp.moveaxis(x.reshape(x.shape[0], count, -1), 1, 0) for x in (u, v))
     own_u, own_v = jnp.stack([d.u for d in svds]) * s[:, None, :], jnp.stack([d.v for d in svds])
