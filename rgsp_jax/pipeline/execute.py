@@ -224,10 +224,10 @@ def compute_wave(
     def split(x: jax.Array) -> list[jax.Array]:
         return [shard.data for shard in sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)]
 
-    salts = np.concatenate([name_slots(share) for share in wave.shares])
+    shares = [(of, name_slots(share)) for of, share in zip(sources, wave.shares, strict=True)]
     with jax.enable_x64(in_double(wave.group)):
-        own = [jax.device_put(of, device) for of, device in zip(sources, mesh.devices, strict=True)]
-        weights, inputs = jax.tree.map(join, *own)
+        own = [jax.device_put(share, device) for share, device in zip(shares, mesh.devices, strict=True)]
+        (weights, inputs), salts = jax.tree.map(join, *own)
         output = run_item(wave.group, weights, salts, seed, with_base, inputs, mesh)
         leaves, structure = jax.tree.flatten(output)
         shards = jax.device_get([split(x) for x in leaves])

@@ -65,7 +65,7 @@ def cast_traced(traced: Mapping[str, Array], dtype: Any) -> dict[str, Array]:
 def run_item(
     group: Group,
     sources: tuple[Array, ...],
-    salts: np.ndarray,
+    salts: Array | np.ndarray,
     seed: int,
     with_base: bool,
     inputs: InputStatistics = NOTHING,
@@ -80,7 +80,7 @@ def run_item(
         seed: of the run.
         with_base: the last source is the common ancestor.
         inputs: [b, c, ...] of every slot, for methods that need covariances.
-        mesh: with an axis LAYERS that `sources` and `inputs` are divided over by b.
+        mesh: with an axis LAYERS that `sources`, `salts` and `inputs` are divided over by b.
     """
     method = methods[group.method]
     static, traced = split_static(method, group.hyperparameters)

@@ -227,23 +227,25 @@ def find_too_large(plan: MergePlan, placement: Placement) -> list[str]:
         name, limit = item.pieces[0].name, format_bytes(placement.device_memory or 0)
         shape = " x ".join(map(str, group.matrix))
         need = format_bytes(placement.count_device_bytes(group, whole))
-        what = f"{name} ({shape}) by {group.method} needs {need} on a device, and {limit} are to be had"
+        what = f"{name} ({shape}) by {group.method} needs {need} on a device"
+        had = f"and {limit} are to be had"
         mend = f"merge it by its elements (--override '{name} method=average') or --exclude it"
         if not methods[group.method].row_divisible:
-            problems.append(f"{what}: {group.method} cannot be divided over devices; {mend}")
+            problems.append(f"{what}, {had}: {group.method} cannot be divided over several; {mend}")
             continue
         if count == 1:
-            problems.append(f"{what}: divide it over several --devices, or {mend}")
+            problems.append(f"{what}, {had}: divide it over several --devices, or {mend}")
             continue
         parts = Size(1, count, capacity, divided=True)
         divided = placement.count_device_bytes(group, parts)
         if divided <= (placement.device_memory or 0):
             total = format_bytes(placement.count_bytes(group, parts))
-            problems.append(f"{what}; divided over {count} devices it needs --memory {total} of this machine")
+            problems.append(f"{what}, {had}; divided over {count} it needs --memory {total} of this machine")
         else:
+            each = format_bytes(divided)
             problems.append(
-                f"{what}, nor the {format_bytes(divided)} of {count} devices that share it: use more devices, a smaller"
-                f" rank where it has one, or {mend}"
+                f"{what}, or {each} on each of {count} that share it, {had}: use more devices, a smaller rank where it"
+                f" has one, or {mend}"
             )
     return problems
 

@@ -232,13 +232,16 @@ def test_what_has_no_room_is_refused_by_name():
     plan = plan_of((150_000, 900), "relative", 2, memory=100 * 10**9)
     alone = refused(plan, Devices(1, 2 * 10**9))
     assert alone.startswith(f"{BIG} (150000 x 900) by relative needs 6.75 GB")
-    assert "on a device, and 2 GB are to be had: divide it over several --devices" in alone
+    assert "on a device, and 2 GB are to be had: divide it over several --devices, or merge it" in alone
     assert place_merge(plan, devices=Devices(8, 2 * 10**9)).size_waves(plan.items) == Size(1, 8, 1, True)
     still = refused(plan, Devices(8, 300 * 10**6))
-    assert "nor the " in still and "of 8 devices that share it: use more devices" in still
+    assert "on each of 8 that share it, and 300 MB are to be had: use more devices" in still
     assert f"--override '{BIG} method=average'" in still
     cannot = refused(plan_of((150_000, 900), "wudi", 2, memory=100 * 10**9), Devices(8, 2 * 10**9))
-    assert "wudi cannot be divided over devices" in cannot and f"--override '{BIG} method=average'" in cannot
+    assert (
+        "are to be had: wudi cannot be divided over several; " in cannot
+        and f"--override '{BIG} method=average'" in cannot
+    )
 
 
 def test_the_override_that_is_proposed_helps():
