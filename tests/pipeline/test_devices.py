@@ -1,7 +1,11 @@
 """A merge over several devices of one process is the merge on one: waves, padding, resuming, memory, traces."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
 
@@ -386,3 +390,27 @@ def test_accelerators_keep_what_they_work_on_themselves():
     most = [max(len(wave.shares) for wave in placement.waves(plan.items)) for placement in (there, here)]
     assert most[0] > most[1]
     assert there.peak_memory(plan) <= plan.memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("average",), ("slerp", "--device-memory", "700KB")], ids=["waves", "divided"])
+def test_processes_of_several_devices_each(tmp_path, options):
+    """Every process uses its own devices alone, also where JAX knows those of all."""
+    models = write_family(tmp_path, toy_family(2))
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        meeting = f"127.0.0.1:{probe.getsockname()[1]}"
+    simulated = "--xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": simulated, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "from rgsp_jax.cli import main; main()", "merge", *models, "--method", *options]
+    command += ["--out", str(tmp_path / "both"), "--devices", "2", "--distributed", "--coordinator", meeting]
+    command += ["--processes", "2", "--process"]
+    team = [
+        subprocess.Popen([*command, number], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for number in "01"
+    ]
+    for process in team:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    alone = merge_on(None, tmp_path / "alone", models, method=options[0])
+    assert largest_difference(alone, tmp_path / "both") <= 4 * np.finfo(np.float32).eps
