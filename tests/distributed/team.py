@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def environment() -> dict[str, str]:
@@ -37,6 +42,8 @@ class Special:
     """Of rgsp, behind those of all."""
     directory: Path | None = None
     """Where it runs."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Of its environment."""
 
 
 def start(arguments: Sequence[object], special: Special = Special()) -> subprocess.Popen:
@@ -48,7 +55,7 @@ def start(arguments: Sequence[object], special: Special = Special()) -> subproce
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env={**environment(), **special.variables},
         cwd=special.directory,
     )
 

@@ -7,7 +7,17 @@ import time
 import numpy as np
 import pytest
 
-from distributed.team import HEARTBEAT, Special, count_items, finish, start, start_team, wait_for_items
+from distributed.team import (
+    HEARTBEAT,
+    Special,
+    count_items,
+    finish,
+    free_port,
+    is_free,
+    start,
+    start_team,
+    wait_for_items,
+)
 from pipeline.toy_models import read_model, same_bits, toy_family, tree_bytes, write_family, write_model
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.workshop import lock
@@ -184,10 +194,31 @@ def test_more_processes_than_parts(tmp_path):
 
 def test_processes_that_do_not_all_arrive(tmp_path, models):
     """One of two is not started."""
-    from distributed.team import free_port
-
     flags = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process", 0]
     ((code, printed, errors),) = finish([start([*settings(models, tmp_path / "out"), *flags, "--start-timeout", 5])])
     assert (code, printed, len(errors)) == (2, "", 1)
     assert "the 2 processes did not all meet at 127.0.0.1:" in errors[0] and "within 5 s" in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def slurm(job, process):
+    """What `srun` sets, as far as JAX reads it."""
+    found = {"JOB_ID": job, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": process, "LOCALID": process}
+    return {f"SLURM_{name}": str(value) for name, value in found.items()}
+
+
+def open_mpi(job, process):
+    """What `mpirun` sets, as far as JAX reads it."""
+    found = {"SIZE": 2, "RANK": process, "LOCAL_RANK": process}
+    uri = {"OMPI_MCA_orte_hnp_uri": f"{job * 2**12}.0;tcp://127.0.0.1:34911"}
+    return uri | {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("cluster", [slurm, open_mpi])
+def test_the_environment_of_a_cluster(tmp_path, models, cluster):
+    """No flags: JAX takes the port from the number of the job."""
+    job = next(job for job in range(1000, 4000) if is_free(job % 2**12 + 65535 - 2**12 + 1))
+    merge = [*settings(models, tmp_path / "out"), "--distributed"]
+    outcomes = finish([start(merge, Special(variables=cluster(job, process))) for process in range(2)])
+    assert [(code, errors) for code, _, errors in outcomes] == [(0, [])] * 2
+    assert json.loads(outcomes[0][1])["processes"]["processes"] == 2 and not outcomes[1][1]
