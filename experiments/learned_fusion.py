@@ -8,9 +8,10 @@ brings the tokenisers.
 `BENCH/<task>/` is as `text_encoders.py` describes it, with `train.jsonl` beside. A draw takes `--inputs` rows of every
 task's train.jsonl at random: RegMean has the covariances of these inputs, `rgsp learn` learns the coefficients of
 `relative_weighted` (rank 5 %) by `--losses`, and the models' weights in every layer of RegMean by `--regmean`; only the
-loss cross-entropy sees labels. Every
-merge is scored on the first `--rows` test rows with each task's own head. Differences are paired by draw; `relative`
-and the average do not depend on it.
+loss cross-entropy sees labels. `--shares` refits layer by layer on what the refitted layers before feed it (`rgsp
+graft` with everybody's inputs, the first task's model the recipient): distillation in closed form. Every merge is
+scored on the first `--rows` test rows with each task's own head. Differences are paired by draw; `relative` and the
+average do not depend on it.
 
 Expected on all-MiniLM-L6-v2 encoders of TREC, SUBJ and MR, `--losses distillation+features --regmean`, mean accuracy of
 the three: average .840, RegMean .840, relative .865, learned .868 (the table: experiments/results/learned_fusion.md).
@@ -30,9 +31,11 @@ from tables import RESULTS, compare, describe_command, estimate, table, write_re
 from text_encoders import Scorer, Task, encode_with_flax, read_task, working_directory
 
 from rgsp_jax.activations import CovarianceSettings, collect_covariances
+from rgsp_jax.activations.sequential import collect_sequentially
 from rgsp_jax.pipeline import MergeConfig, merge_checkpoints
 from rgsp_jax.training import OBJECTIVES, LearnSettings, run_learning
 
+MAXIMUM_LENGTH = 48
 LOSSES = ("distillation", "features", "distillation+features", "entropy", "weighted-entropy", "cross-entropy")
 
 
@@ -74,6 +77,22 @@ def run_regmean(models: Sequence[str], data: Sequence[Path], work: Path) -> tupl
     return out, files
 
 
+def refit(models: Sequence[str], data: Sequence[Path], share: float, out: Path) -> Path:
+    """`rgsp graft` of all the others onto the first, with the inputs of each."""
+    files = [out.with_name(f"{out.name}.{path.stem}.covariances.safetensors") for path in data]
+    settings = CovarianceSettings(max_length=MAXIMUM_LENGTH, held_back=0)
+    own, *others = map(str, data)
+    collect_sequentially(models[0], models[1:], own, files, settings, share=share, others=others)
+    config = MergeConfig(
+        models=tuple(models),
+        method="sequential_graft",
+        hyperparameters={"share": share},
+        covariances=tuple(map(str, files)),
+    )
+    merge_checkpoints(config, out)
+    return out
+
+
 def learn(
     config: MergeConfig, tasks: Sequence[Task], data: Sequence[Path], loss: str, out: Path, settings: Any
 ) -> Path:
@@ -85,7 +104,7 @@ def learn(
             heads=tuple(str(task.model.parent / "head.safetensors") for task in tasks),
             loss=loss,
             label_field="label" if loss == "cross-entropy" else None,
-            max_length=48,
+            max_length=MAXIMUM_LENGTH,
             per=settings.per if config.method is None else "layer",
             learn=None if config.method is None else ("coefficients", "tensors"),
             steps=settings.steps,
@@ -115,6 +134,10 @@ def run_group(group: Sequence[str], options: argparse.Namespace, scorer: Scorer,
         started = time.monotonic()
         out, files = run_regmean(models, data, place)
         yield Row(names, "RegMean", draw, scorer.score(out, names), time.monotonic() - started)
+        for share in options.shares:
+            started = time.monotonic()
+            out = refit(models, data, share, place / f"refitted-{share}")
+            yield Row(names, f"refitted, share {share:g}", draw, scorer.score(out, names), time.monotonic() - started)
         config = MergeConfig(models=tuple(models))
         weighed = MergeConfig(models=tuple(models), method="regmean", covariances=files)
         entries = [(f"learned, {loss}", config, loss, place / loss) for loss in options.losses]
@@ -174,8 +197,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pair", nargs=2, help="two of the tasks, merged by themselves as well")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--inputs", type=int, default=64, help="of every task (default: 64)")
-    parser.add_argument("--losses", nargs="+", choices=list(OBJECTIVES), default=list(LOSSES))
+    parser.add_argument("--losses", nargs="*", choices=list(OBJECTIVES), default=list(LOSSES))
     parser.add_argument("--regmean", nargs="*", choices=list(OBJECTIVES), default=["distillation"])
+    parser.add_argument("--shares", nargs="*", type=float, default=[0.25, 0.5], help="of grafts (default: 0.25 0.5)")
     parser.add_argument("--rows", type=int, default=600, help="test rows of each task (default: 600)")
     parser.add_argument("--per", default="layer")
     parser.add_argument("--steps", type=int, default=64)
@@ -193,7 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     groups = [tuple(options.tasks), *([tuple(options.pair)] if options.pair else [])]
     settings = {"tasks": options.tasks} | ({"pair": options.pair} if options.pair else {})
     settings |= {
-        name: getattr(options, name) for name in ("draws", "inputs", "losses", "regmean", "rows", "per", "steps")
+        name: getattr(options, name)
+        for name in ("draws", "inputs", "losses", "regmean", "shares", "rows", "per", "steps")
     }
     settings["learning_rate"] = options.learning_rate
     command = describe_command("learned_fusion", {"bench": "BENCH", **settings})

@@ -34,9 +34,9 @@ def bench(tmp_path_factory):
 def test_a_small_run(script, bench, tmp_path):
     experiment = script("learned_fusion")
     options = ["--bench", bench, "--tasks", *TASKS, "--draws", 2, "--inputs", 4]
-    options += ["--losses", "distillation", "--regmean", "--steps", 2, "--out", tmp_path / "out"]
+    options += ["--losses", "distillation", "--regmean", "--shares", 0.5, "--steps", 2, "--out", tmp_path / "out"]
     rows = experiment.main(list(map(str, [*options, "--work", tmp_path / "work"])))
-    methods = ["average", "relative", *["RegMean", "learned, distillation"] * 2]
+    methods = ["average", "relative", *["RegMean", "refitted, share 0.5", "learned, distillation"] * 2]
     assert [row.method for row in rows] == [*(f"expert of {name}" for name in TASKS), *methods]
     assert all(row.group == TASKS and set(row.accuracies) == set(TASKS) for row in rows)
     draws = [(tmp_path / "work" / "+".join(TASKS) / f"draw-{d}" / "first.jsonl").read_text() for d in (0, 1)]
