@@ -27,6 +27,8 @@ ITEM_ELEMENTS = 4 * 1024 * 1024
 """Elements of each model in one work item, where single matrices are not larger: enough to hide the overheads."""
 FACTOR_SHARE = 4
 """Methods that factorise take items so many times smaller: they outweigh the overheads sooner, and progress shows."""
+STACK_COPIES, TASK_VECTOR_COPIES = 3, 6
+"""Stacks' worth of memory that methods without a decomposition take, and those that rank and mask task vectors."""
 MATRIX_SITES, IN_STEP_SITES = frozenset({"full", "sketch", "spectrum"}), frozenset({"moments"})
 """Kinds of site that say something of a matrix's inputs: in a model by itself, and in step with a merge."""
 IN_FLIGHT = 3
@@ -378,7 +380,8 @@ def matrix_workspace(group: Group, parts: int = 1) -> int:
     if group.inputs:  # the covariance in compute precision, its factor or eigenvectors, and what LAPACK takes
         return ((count + 4) * matrix + 5 * n * n) * itemsize
     if not is_factorised(group.method):
-        return 3 * count * matrix * itemsize
+        copies = TASK_VECTOR_COPIES if "base" in methods[group.method].needs else STACK_COPIES
+        return (copies * count + 1) * matrix * itemsize
     r = rank_of(group.method, group.hyperparameters, m, n)
     factors = count * (own + min(m, n)) * min(4 * r + 40, min(m, n)) * 3 + 12 * r * r + 3 * min(m, n) ** 2
     if max(m, n) % parts:  # between uneven parts JAX moves the factors by gathering them
