@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,28 @@ def find_companions(directory: Path) -> tuple[Path, ...]:
     module_folders = find_module_folders(directory)
     found: list[Path] = []
     problems: list[str] = []
-    for folder, subfolders, names in os.walk(directory):
-        relative = Path(folder).relative_to(directory)
+    walk = ((Path(folder).relative_to(directory), below, names) for folder, below, names in os.walk(directory))
+    for path in walk_companions(walk, module_folders):
+        try:
+            if resolve_inside(directory, path.as_posix()).is_file():
+                found.append(path)
+            elif not (directory / path).exists():
+                problems.append(f"{directory / path} is a symbolic link that leads nowhere")
+        except RefusedError as error:
+            problems += error.problems
+    if problems:
+        raise RefusedError(cap(problems))
+    return tuple(sorted(found))
+
+
+def walk_companions(
+    walk: Iterable[tuple[Path, list[str], list[str]]], module_folders: Collection[str]
+) -> Iterator[Path]:
+    """Relative paths of companions among the (folder, subfolders, names) that a walk from the top comes by.
+
+    The walk goes into those subfolders that are left in its list.
+    """
+    for relative, subfolders, names in walk:
         in_module = relative.as_posix() in module_folders
         if relative.parts and not in_module and any(Path(name).suffix.lower() in WEIGHT_SUFFIXES for name in names):
             subfolders.clear()
@@ -60,19 +81,7 @@ def find_companions(directory: Path) -> tuple[Path, ...]:
             for name in subfolders
             if not name.startswith(".") and not SKIPPED_FOLDERS.match(name) and len(relative.parts) < MAX_DEPTH
         )
-        for name in sorted(names):
-            path = relative / name
-            if is_companion(path, in_module):
-                try:
-                    if resolve_inside(directory, path.as_posix()).is_file():
-                        found.append(path)
-                    elif not (directory / path).exists():
-                        problems.append(f"{directory / path} is a symbolic link that leads nowhere")
-                except RefusedError as error:
-                    problems += error.problems
-    if problems:
-        raise RefusedError(cap(problems))
-    return tuple(sorted(found))
+        yield from (relative / name for name in sorted(names) if is_companion(relative / name, in_module))
 
 
 def is_companion(path: Path, in_module: bool) -> bool:

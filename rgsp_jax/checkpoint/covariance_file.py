@@ -101,6 +101,7 @@ class CovarianceFile:
 
     def __init__(self, source: SafetensorsCheckpoint, model: str, data: tuple[DataRecord, ...], sites: list[Site]):
         self._source = source
+        assert isinstance(source.path, Path)
         self.path = source.path
         self.model = model
         self.data = data

@@ -28,9 +28,7 @@ def resolve_inside(directory: Path, relative: str) -> Path:
     Raises:
         RefusedError: the name climbs out, is absolute, or links elsewhere.
     """
-    pure = PurePosixPath(relative)
-    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or "\0" in relative:
-        raise RefusedError(f"{directory} names the file {relative!r}, which is not inside the directory")
+    check_relative(directory, relative)
     root = directory.resolve()
     try:
         real = (root / relative).resolve()
@@ -39,6 +37,13 @@ def resolve_inside(directory: Path, relative: str) -> Path:
     if real.is_relative_to(root) or _is_cache_blob(root, real):
         return real
     raise RefusedError(f"{directory / relative} is a symbolic link out of its directory; copy the file there")
+
+
+def check_relative(directory: object, relative: str) -> None:
+    """RefusedError where the name of a file climbs out of its directory or is absolute."""
+    pure = PurePosixPath(relative)
+    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or "\0" in relative:
+        raise RefusedError(f"{directory} names the file {relative!r}, which is not inside the directory")
 
 
 def _is_cache_blob(root: Path, real: Path) -> bool:
@@ -89,7 +94,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     return config
 
 
-def find_quantisation(path: Path, specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> list[str]:
+def find_quantisation(path: object, specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> list[str]:
     """One sentence per sign of quantised weights: config keys, tensor names, integer matrices named weight."""
     problems = []
     sections = [("", config or {})]
@@ -114,7 +119,7 @@ def _is_packed(spec: TensorSpec) -> bool:
     return spec.kind == "integer" and len(spec.shape) >= 2 and PACKED_NAME.search(spec.name) is not None
 
 
-def find_adapters(path: Path, specs: Mapping[str, TensorSpec]) -> list[str]:
+def find_adapters(path: object, specs: Mapping[str, TensorSpec]) -> list[str]:
     """One sentence if tensors are those of an unresolved LoRA (or LoHa) adapter."""
     names = [name for name in specs if ADAPTER_NAME.search(name)]
     if not names:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rgsp_jax.checkpoint.safetensors_header import describe_failure
 from rgsp_jax.checkpoint.specs import Checkpoint
+from rgsp_jax.checkpoint.store import RemotePath
 from rgsp_jax.errors import RefusedError
 
 LOCAL: Mapping[str, Any] = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
@@ -32,6 +33,10 @@ def quiet() -> Iterator[None]:
 
 def require_directory(checkpoint: Checkpoint) -> Path:
     """The model's directory; RefusedError where no config.json says what its weights are."""
+    if isinstance(checkpoint.path, RemotePath):
+        raise RefusedError(
+            f"{checkpoint.path} lies in a store, from which models are merged and compared, not run: fetch it"
+        )
     if checkpoint.config is None:
         raise RefusedError(
             f"{checkpoint.path} has no config.json beside its weights that says what they are: give its whole directory"

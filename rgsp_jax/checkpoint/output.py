@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rgsp_jax.checkpoint.specs import Checkpoint
+from rgsp_jax.checkpoint.store import RemotePath
 from rgsp_jax.errors import RefusedError
 
 
@@ -46,6 +47,8 @@ def check_output(out: Path | str, inputs: Iterable[Checkpoint | Path | str]) -> 
     given = (x if isinstance(x, Checkpoint) else Path(x) for x in inputs)
     places = ((x.path, x.root) if isinstance(x, Checkpoint) else (x,) for x in given)
     for source in dict.fromkeys(place for group in places for place in group):
+        if isinstance(source, RemotePath):
+            continue
         path = source.resolve()
         if real == path or path in real.parents:
             problems.append(f"the output {out} lies inside the input {path}: choose a place outside")

@@ -8,13 +8,16 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rgsp_jax.checkpoint.specs import DTYPE_CODES, DTYPES, TensorSpec, unsupported_dtype
 from rgsp_jax.errors import RefusedError
+
+if TYPE_CHECKING:
+    from rgsp_jax.checkpoint.store import ObjectIdentity, RemotePath
 
 MAX_HEADER_BYTES = 100_000_000
 ALIGNMENT = 64
@@ -42,11 +45,11 @@ class FileIdentity:
 class Header:
     """Checked header of one file; `offsets` are absolute positions in the file, in file order."""
 
-    path: Path
+    path: "Path | RemotePath"
     specs: Mapping[str, TensorSpec]
     offsets: Mapping[str, int]
     metadata: Mapping[str, str]
-    identity: FileIdentity
+    identity: "FileIdentity | ObjectIdentity"
 
 
 class _DuplicateKeyError(ValueError):
@@ -89,10 +92,18 @@ def read_header(path: Path) -> Header:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise RefusedError(f"{path} is not a regular file")
-        identity = FileIdentity.of(descriptor)
-        text = _read_header_text(descriptor, path, identity.size)
+        return parse_header(path, lambda count, at: os.pread(descriptor, count, at), FileIdentity.of(descriptor))
     finally:
         os.close(descriptor)
+
+
+Read = Callable[[int, int], bytes]
+"""`read(count, position)`: that many bytes of a file from there, fewer at its end."""
+
+
+def parse_header(path: "Path | RemotePath", read: Read, identity: "FileIdentity | ObjectIdentity") -> Header:
+    """Check the header of a file that `read` delivers; RefusedError as `read_header`."""
+    text = _read_header_text(read, path, identity.size)
     try:
         parsed = load_json(text)
     except ValueError as error:
@@ -100,8 +111,8 @@ def read_header(path: Path) -> Header:
     return _check_header(path, parsed, 8 + len(text), identity)
 
 
-def _read_header_text(descriptor: int, path: Path, size: int) -> bytes:
-    start = os.pread(descriptor, len(LFS_POINTER), 0)
+def _read_header_text(read: Read, path: "Path | RemotePath", size: int) -> bytes:
+    start = read(min(len(LFS_POINTER), size), 0)
     if start == LFS_POINTER:
         raise RefusedError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
     if len(start) < 8:
@@ -115,7 +126,7 @@ def _read_header_text(descriptor: int, path: Path, size: int) -> bytes:
         raise RefusedError(f"{path} is cut short: its header needs {8 + length} bytes, the file has {size}")
     pieces = bytearray()
     while len(pieces) < length:
-        piece = os.pread(descriptor, length - len(pieces), 8 + len(pieces))
+        piece = read(length - len(pieces), 8 + len(pieces))
         if not piece:
             raise RefusedError(f"{path} was cut short while its header was read")
         pieces += piece
@@ -150,7 +161,9 @@ def _parse_entry(name: str, entry: object) -> tuple[TensorSpec, int, int] | str:
     return spec, begin, end
 
 
-def _check_header(path: Path, parsed: object, data_start: int, identity: FileIdentity) -> Header:
+def _check_header(
+    path: "Path | RemotePath", parsed: object, data_start: int, identity: "FileIdentity | ObjectIdentity"
+) -> Header:
     assert isinstance(parsed, dict)  # the text starts with '{'
     metadata = parsed.pop("__metadata__", {})
     problems: list[str] = []
@@ -179,7 +192,9 @@ def _check_header(path: Path, parsed: object, data_start: int, identity: FileIde
     return Header(path, specs, offsets, metadata, identity)
 
 
-def _check_tiling(path: Path, entries: list[tuple[int, int, TensorSpec]], data_start: int, size: int) -> list[str]:
+def _check_tiling(
+    path: "Path | RemotePath", entries: list[tuple[int, int, TensorSpec]], data_start: int, size: int
+) -> list[str]:
     """The tensors must cover the rest of the file exactly: no overlap, no hole, nothing missing, nothing left."""
     problems = []
     position = 0

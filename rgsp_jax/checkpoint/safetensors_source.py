@@ -10,6 +10,7 @@ import numpy as np
 from rgsp_jax.checkpoint.guards import is_lfs_pointer, resolve_inside
 from rgsp_jax.checkpoint.safetensors_header import FileIdentity, Header, cap, load_json, read_header
 from rgsp_jax.checkpoint.specs import Checkpoint, TensorSpec, flat_bytes
+from rgsp_jax.checkpoint.store import RemotePath
 from rgsp_jax.errors import RefusedError
 
 MAX_INDEX_BYTES = 100_000_000
@@ -32,7 +33,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     format = "safetensors"
 
-    def __init__(self, path: Path, headers: list[Header], **companions: Any):
+    def __init__(self, path: Path | RemotePath, headers: list[Header], **companions: Any):
         specs: dict[str, TensorSpec] = {}
         self._sources: dict[str, Header] = {}
         for header in headers:
@@ -46,6 +47,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def _fill_runs(self, spec: TensorSpec, rows: np.ndarray, starts: list[int]) -> None:
         header = self._sources[spec.name]
         origin, width = header.offsets[spec.name], spec.dtype.itemsize
+        assert isinstance(header.path, Path)
         descriptor = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             complete = FileIdentity.of(descriptor) == header.identity and all(
@@ -57,11 +59,16 @@ class SafetensorsCheckpoint(Checkpoint):
             os.close(descriptor)
         if not unchanged:
             raise RefusedError(f"{header.path} was changed while it was being read; leave it alone and start again")
-        if spec.dtype == np.bool_ and flat_bytes(rows).max() > 1:
-            raise RefusedError(f"{header.path}: tensor {spec.name!r} holds bytes other than 0 and 1 as booleans")
+        refuse_booleans(header.path, spec, rows)
 
     def shard_of(self, name: str) -> int:
         return self.weight_files.index(self._sources[name].path)
+
+
+def refuse_booleans(path: Path | RemotePath, spec: TensorSpec, rows: np.ndarray) -> None:
+    """RefusedError where booleans are neither 0 nor 1."""
+    if spec.dtype == np.bool_ and flat_bytes(rows).max() > 1:
+        raise RefusedError(f"{path}: tensor {spec.name!r} holds bytes other than 0 and 1 as booleans")
 
 
 def read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any]]:
@@ -110,7 +117,7 @@ def resolve_shards(directory: Path, index_path: Path, weight_map: Mapping[str, s
 
 
 def check_against_index(
-    index_path: Path, weight_map: Mapping[str, str], held: Mapping[str, Mapping[str, TensorSpec]]
+    index_path: Path | RemotePath, weight_map: Mapping[str, str], held: Mapping[str, Mapping[str, TensorSpec]]
 ) -> list[str]:
     """Every disagreement between an index and what its shards hold, as sentences."""
     problems: list[str] = []

@@ -1,6 +1,7 @@
 """Opening a model wherever it lies: directory, lone file, Orbax checkpoint or hub; every refusal in one place."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,30 +18,36 @@ from rgsp_jax.checkpoint.hub import HUB_PREFIX, download
 from rgsp_jax.checkpoint.lora import WEIGHTS as ADAPTER_WEIGHTS
 from rgsp_jax.checkpoint.lora import LoraCheckpoint, find_base, is_adapter, read_adapter_config
 from rgsp_jax.checkpoint.orbax_source import OrbaxCheckpoint, is_orbax
+from rgsp_jax.checkpoint.remote_source import open_remote
 from rgsp_jax.checkpoint.safetensors_header import read_header
 from rgsp_jax.checkpoint.safetensors_source import SafetensorsCheckpoint, open_sharded
 from rgsp_jax.checkpoint.specs import Checkpoint
+from rgsp_jax.checkpoint.store import RemotePath, is_remote
 from rgsp_jax.checkpoint.ties import find_ties
 from rgsp_jax.checkpoint.torch_source import TorchCheckpoint, open_torch_shards
 from rgsp_jax.errors import RefusedError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SHARD_NAME = re.compile(r"-\d{5}-of-(\d{5})\.")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "adapter_", "scaler")
 
 
-def open_checkpoint(location: str | Path) -> Checkpoint:
+def open_checkpoint(location: str | Path | RemotePath) -> Checkpoint:
     """Open a model by its headers; elements are read only to see whether embeddings stored twice are tied.
 
     Args:
         location: a Hugging Face directory (safetensors, sharded or not, preferred to PyTorch files), a lone
             `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, an Orbax directory, `hf://owner/name[@revision]`, or
-            a LoRA adapter: its directory where its config names a base that lies here, else `BASE+ADAPTER`.
+            a LoRA adapter: its directory where its config names a base that lies here, else `BASE+ADAPTER`. In a store
+            (`gs://bucket/model`, `s3://...`): a directory of safetensors, or one such file, read by byte ranges.
 
     Raises:
         RefusedError: no such model, or one that cannot be merged as it is; every reason is named.
     """
     if str(location).startswith(HUB_PREFIX):
         location = download(str(location))
+    if isinstance(location, RemotePath) or is_remote(location):
+        return _open_remote(location)
     path = Path(location).expanduser()
     if not path.exists():
         base, plus, adapter = str(location).rpartition("+")
@@ -56,6 +63,12 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
         checkpoint = _open_directory(path.resolve())
     else:
         raise RefusedError(f"{path} is neither a file nor a directory")
+    return _accept(checkpoint)
+
+
+def _accept(checkpoint: Checkpoint) -> Checkpoint:
+    """The opened model with its ties; RefusedError where what it holds cannot be merged as it is."""
+    path = checkpoint.path
     problems = find_adapters(path, checkpoint.specs) or find_quantisation(path, checkpoint.specs, checkpoint.config)
     if not checkpoint.specs:
         problems.append(f"{path} holds no tensor")
@@ -65,6 +78,30 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
         raise RefusedError(problems)
     checkpoint.add_aliases(find_ties(checkpoint))
     return checkpoint
+
+
+def _open_remote(location: str | Path | RemotePath) -> Checkpoint:
+    """A model in a store, or what a local adapter makes of one."""
+    if isinstance(location, RemotePath):
+        return _accept(open_remote(location, _pick_remote))
+    base, plus, adapter = str(location).rpartition("+")
+    if plus and is_adapter(Path(adapter).expanduser()):
+        return _open_adapter(Path(adapter).expanduser().resolve(), base)
+    return _accept(open_remote(str(location), _pick_remote))
+
+
+def _pick_remote(directory: RemotePath, names: list[str]) -> str:
+    """The weights or the index to open in a store; RefusedError with what is there instead."""
+    weights = sorted(name for name in names if not name.startswith((".", *NOT_WEIGHTS)))
+    indices = [name for name in weights if name.endswith(".safetensors.index.json")]
+    chosen = pick_weights(directory, weights, (".safetensors",), "model.safetensors", indices)
+    if chosen is not None:
+        return chosen
+    others = [name for name in names if name.endswith((*TORCH_SUFFIXES, "_METADATA", "adapter_config.json"))]
+    hint = f" (but {', '.join(others[:5])})" if others else ""
+    raise RefusedError(
+        f"{directory} holds no model as safetensors{hint}, and nothing else is read from stores: fetch it first"
+    )
 
 
 def _has_model(directory: Path) -> bool:
@@ -154,7 +191,7 @@ def _open_weights(directory: Path, beside: Mapping[str, Any]) -> Checkpoint:
 
 
 def pick_weights(
-    directory: Path, names: list[str], suffixes: tuple[str, ...], standard: str, indices: list[str]
+    directory: Path | RemotePath, names: list[str], suffixes: tuple[str, ...], standard: str, indices: list[str]
 ) -> str | None:
     """The weight file or index to open among a directory's files; None where there is none of this format.
 
@@ -167,6 +204,10 @@ def pick_weights(
     if len(indices) == 1:
         return indices[0]
     if len(files) == 1 and not indices:
+        if (shard := SHARD_NAME.search(files[0])) and int(shard[1]) > 1:
+            raise RefusedError(
+                f"{directory} has one shard of {int(shard[1])} ({files[0]}) and no index: it is not all there"
+            )
         return files[0]
     if not files and not indices:
         return None

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
 
 from rgsp_jax.errors import RefusedError
+
+if TYPE_CHECKING:
+    from rgsp_jax.checkpoint.store import RemotePath
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -88,8 +91,9 @@ class Checkpoint(ABC):
     """An opened model: specs read from headers, elements read on demand.
 
     Attributes:
-        path: directory (resolved) or lone file (absolute).
-        root: the directory that holds config and companions: `path`, or the base's of an adapter.
+        path: directory (resolved) or lone file (absolute), or the place of either in a store.
+        root: the directory that holds config and companions: `path`, the base's of an adapter, or, of a model in a
+            store, where these were fetched to.
         format: `safetensors`, `torch`, `orbax` or `lora`.
         specs: every key on disk, aliases included, in disk order (shards by name, by offset within a file).
         aliases: key -> the key whose elements it shares: one storage in PyTorch files, tied embeddings stored twice
@@ -107,9 +111,9 @@ class Checkpoint(ABC):
 
     def __init__(
         self,
-        path: Path,
+        path: "Path | RemotePath",
         specs: Mapping[str, TensorSpec],
-        weight_files: tuple[Path, ...],
+        weight_files: "tuple[Path | RemotePath, ...]",
         *,
         aliases: Mapping[str, str] | None = None,
         companions: tuple[Path, ...] = (),
@@ -118,7 +122,7 @@ class Checkpoint(ABC):
         root: Path | None = None,
     ):
         self.path = path
-        self.root = root or path
+        self.root: Path = root or path  # type: ignore[assignment]  # a remote model's is given
         self.specs: Mapping[str, TensorSpec] = MappingProxyType(dict(specs))
         self.weight_files = weight_files
         self.aliases: Mapping[str, str] = MappingProxyType(dict(aliases or {}))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from rgsp_jax.checkpoint.hashing import sample_file
+from rgsp_jax.checkpoint.store import identify_file, sample_place
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.overview import versions
 from rgsp_jax.pipeline.preparation import Preparation
@@ -18,7 +18,7 @@ Facts = Mapping[str, str]
 def fingerprint(preparation: Preparation) -> str:
     """Hash of everything that decides the output's bytes: settings, files as they lie on disk, versions, platform."""
     files = [
-        [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+        identify_file(path)
         for path in [
             *(path for checkpoint in preparation.checkpoints for path in checkpoint.weight_files),
             *(file.path for file in preparation.covariances),
@@ -43,10 +43,10 @@ def gather_facts(preparation: Preparation) -> dict[str, str]:
     facts |= {f"another version of {name}": version for name, version in versions().items()}
     for label, checkpoint in zip(preparation.labels, preparation.checkpoints, strict=True):
         facts[f"other files of {label}"] = hash_json(
-            [[path.name, sample_file(path)] for path in checkpoint.weight_files]
+            [[path.name, sample_place(path)] for path in checkpoint.weight_files]
         )
     for file in preparation.covariances:
-        facts[f"another file {file.path}"] = sample_file(file.path)
+        facts[f"another file {file.path}"] = sample_place(file.path)
     return facts
 
 

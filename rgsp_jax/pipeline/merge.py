@@ -339,7 +339,11 @@ def as_orbax(directory: Path, parent: Checkpoint, digests: Mapping[str, str]) ->
     with open_checkpoint(converted) as copy:
         if wrong := [name for name, expected in digests.items() if digest(copy.read(name)) != expected]:
             raise RefusedError(f"audit: {name!r} in the Orbax checkpoint is not what was merged" for name in wrong)
-        return converted, {path.relative_to(converted).as_posix(): hash_file(path) for path in copy.weight_files}
+        return converted, {
+            path.relative_to(converted).as_posix(): hash_file(path)
+            for path in copy.weight_files
+            if isinstance(path, Path)
+        }
 
 
 def finish(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rgsp_jax.checkpoint import Checkpoint, ShardPlan, ShardWriter, hash_file, plan_shards
+from rgsp_jax.checkpoint import Checkpoint, ShardPlan, ShardWriter, plan_shards
 from rgsp_jax.checkpoint.shard_plan import keep_shards
+from rgsp_jax.checkpoint.store import hash_place
 from rgsp_jax.pipeline.agreement import hash_json
 from rgsp_jax.pipeline.audit import read_piece
 from rgsp_jax.pipeline.execute import Compute, execute
@@ -134,12 +135,12 @@ def merge_part(
 
 
 class FileHash(NamedTuple):
-    """SHA-256 of a model's file, to be."""
+    """SHA-256 of a model's file, to be; of an object what its store calls it."""
 
     model: int
     file: int
     size: int
-    """Bytes."""
+    """Bytes that are read for it."""
     value: Future[str]
 
 
@@ -147,11 +148,11 @@ class FileHash(NamedTuple):
 def hash_files(checkpoints: Sequence[Checkpoint], index: int, count: int) -> Iterator[list[FileHash]]:
     """Hash the models' files beside the merge, those that fall to process `index` of `count`."""
     files = [(k, i, path) for k, checkpoint in enumerate(checkpoints) for i, path in enumerate(checkpoint.weight_files)]
-    sizes = [path.stat().st_size for _, _, path in files]
+    sizes = [path.stat().st_size if isinstance(path, Path) else 0 for _, _, path in files]  # objects are not read
     own = [(files[j], sizes[j]) for j in deal([float(size) for size in sizes], count)[index]]
     with ThreadPoolExecutor(1, "rgsp-hash") as pool:
         try:
-            yield [FileHash(model, file, size, pool.submit(hash_file, path)) for (model, file, path), size in own]
+            yield [FileHash(model, file, size, pool.submit(hash_place, path)) for (model, file, path), size in own]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
