@@ -16,6 +16,7 @@ from rgsp_jax.grafting.projector import (
     numerical_rank,
 )
 from rgsp_jax.linalg.dense import matmul
+from rgsp_jax.linalg.rows import divide_side
 from rgsp_jax.method import Hyperparameter
 from rgsp_jax.types import InputStatistics, MergeOutput
 
@@ -85,7 +86,7 @@ def graft_layer(
     Raises:
       ValueError: both energy and threshold.
     """
-    a, b = stack[0], stack[1]
+    a, b = divide_side(stack, 0)  # each output is a problem of its own
     if energy is not None and threshold is not None:
         raise ValueError("give energy or threshold, not both")
     hard = {name: x for name, x in {"energy": energy, "threshold": threshold}.items() if x is not None}

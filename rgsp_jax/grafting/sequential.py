@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rgsp_jax.grafting.layer import measure_graft
+from rgsp_jax.linalg.rows import divide_side
 from rgsp_jax.linalg.solve import solve_for_rows
 from rgsp_jax.method import Hyperparameter
 from rgsp_jax.types import InputStatistics, MergeOutput
@@ -87,6 +88,7 @@ def sequential_graft(
     if inputs.covariance is None or inputs.drift is None or inputs.covariance.shape[0] != count:
         raise ValueError("a sequential graft needs the covariances and drifts of every model's inputs")
     dtype = stack.dtype
+    stack = divide_side(stack, 0)  # each output is a problem of its own
     donor = stack[0] + (stack[1:] - stack[:1]).mean(0)
     start = stack[0] + jnp.asarray(1 - interpolation_weights(share)[0], dtype) * (donor - stack[0])
     merged = refit(stack, inputs.covariance.astype(dtype), inputs.drift.astype(dtype), start, pull)

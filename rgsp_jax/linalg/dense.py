@@ -104,7 +104,7 @@ def multiply_factors(left: Float[Array, "m q"], right: Float[Array, "n q"]) -> F
     (m, q), n = left.shape, right.shape[0]
     if not is_divided(m, n) or q * (n - m) * count_parts() <= m * n:
         return matmul(left, right.T)
-    return divide_side(divide_side(matmul(divide_side(left, None), divide_side(right, 0).T), 1), 0)
+    return divide_side(matmul(divide_side(left, None), divide_side(right, 0).T), 1)
 
 
 def power_of_two_scale(x: Float[Array, "m n"], axis: str | None = None) -> Float[Array, ""]:

@@ -59,12 +59,15 @@ def is_divided(m: int, n: int) -> bool:
     return m * n >= LEAST_ENTRIES and rows_divided()
 
 
-def divide_side(x: Float[Array, "m n"], side: int | None) -> Float[Array, "m n"]:
-    """x with its rows (0), its columns (1) or neither (None) divided by the ambient mesh, which has the axis.
+def divide_side(x: Float[Array, "... m n"], side: int | None) -> Float[Array, "... m n"]:
+    """x with the rows (0) or columns (1) of its matrices divided, or neither (None); x itself where no mesh divides it.
 
     From one side to the other every device passes on its own part only.
     """
-    return lax.with_sharding_constraint(x, P(*(ROWS if i == side else None for i in range(2))))
+    if not is_divided(*x.shape[-2:]):
+        return x
+    free = [P.UNCONSTRAINED] * (x.ndim - 2)
+    return lax.with_sharding_constraint(x, P(*free, *(ROWS if i == side else None for i in range(2))))
 
 
 def map_parts(

@@ -90,8 +90,8 @@ def compare_directions(
     alive = squares > 0
     norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0)
     inverse = jnp.where(alive, 1 / jnp.where(alive, norms, 1), 0)
-    flat = stack.reshape(stack.shape[0], -1)
-    cosines = jnp.clip(matmul(flat, flat.T) * inverse[:, None] * inverse[None, :], -1, 1)
+    inner = jnp.einsum("imn,jmn->ij", stack, stack, precision=lax.Precision.HIGHEST)
+    cosines = jnp.clip(inner * inverse[:, None] * inverse[None, :], -1, 1)
     first = jnp.argmax(alive)
     ratios = norms * inverse[first]
     apart = jnp.sum((stack - ratios[:, None, None] * stack[first][None]) ** 2, axis=(1, 2))

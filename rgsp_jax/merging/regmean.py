@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rgsp_jax.linalg.mean import stack_mean
-from rgsp_jax.linalg.rows import map_rows
+from rgsp_jax.linalg.rows import divide_side, map_rows
 from rgsp_jax.method import Hyperparameter
 from rgsp_jax.types import InputStatistics, MergeOutput
 
@@ -49,6 +49,7 @@ def regmean(
     if covariances.shape != (stack.shape[0], stack.shape[2], stack.shape[2]):
         raise ValueError(f"covariances are {list(covariances.shape)} for models {list(stack.shape)}")
     n, dtype = stack.shape[2], stack.dtype
+    stack = divide_side(stack, 0)  # each output is a problem of its own
     alpha = jnp.asarray(off_diagonal, dtype)
     eye = jnp.eye(n, dtype=dtype)
     weight = alpha + (1 - alpha) * eye
