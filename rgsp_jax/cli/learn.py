@@ -104,6 +104,7 @@ def show_learned(result: LearnResult) -> None:
 @click.option("--dtype", help="float32, float16, bfloat16 or float64. Default: as in the first model.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Of the inputs drawn and their order. Default: 0.")
 @click.option("--save-every", type=int, help="Steps after which the state is saved. Default: 25.")
+@click.option("--devices", type=int, help="Of this machine's. Default: all its accelerators, or one CPU device.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def learn(
@@ -112,6 +113,7 @@ def learn(
     names: tuple[str, ...],
     rank: str | None,
     assignments: tuple[str, ...],
+    devices: int | None,
     resume: bool,
     as_json: bool,
     **flags: Any,
@@ -143,5 +145,5 @@ def learn(
     if problems:
         raise RefusedError(problems)
     with step_bar() as on_step:
-        result = run_learning(config, settings, out, resume=resume, on_step=on_step)
+        result = run_learning(config, settings, out, resume=resume, on_step=on_step, devices=devices)
     click.echo(json.dumps(asdict(result), indent=2, default=str)) if as_json else show_learned(result)

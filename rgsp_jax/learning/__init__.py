@@ -8,6 +8,7 @@ from rgsp_jax.learning.family import (
     compose_tree,
     expert_tree,
     export_settings,
+    place_family,
     prepare_family,
     start_coefficients,
 )
@@ -21,6 +22,7 @@ from rgsp_jax.learning.losses import (
     weighted_entropy,
 )
 from rgsp_jax.learning.parameters import list_learnable
+from rgsp_jax.learning.rows import place_rows
 from rgsp_jax.learning.training import LearningState, learn, make_step, start_learning
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "learn",
     "list_learnable",
     "make_step",
+    "place_family",
+    "place_rows",
     "prepare_family",
     "squared_distance",
     "start_coefficients",

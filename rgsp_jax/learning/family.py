@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from rgsp_jax.batching import map_batch
+from rgsp_jax.learning.dealing import Axis, deal_rows, divide_rows, gather_rows, map_rows
 from rgsp_jax.learning.parameters import constrain, find_start, has_start, list_learnable, unconstrain
 from rgsp_jax.method import Method, compute_dtype
 from rgsp_jax.registry import methods
@@ -23,12 +26,14 @@ Coefficients = dict[str, dict[str, Array]]
 Granularity = Literal["model", "layer", "direction"]
 MATRICES, TENSORS = "matrices", "tensors"
 DIRECTIONS = "directions"
+LAYERS = "layers"
+"""Axis of a mesh whose devices take matrices of their own each, unless another is named."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MatrixGroup:
-    """Matrices of one shape, decomposed: B of them, of K models."""
+    """Matrices of one shape, decomposed: B of them, of K models; on a mesh in slots dealt out over an axis."""
 
     stack: Array
     """[B, K, m, n], in the models' dtype; the base behind the K, for methods that need it."""
@@ -42,11 +47,28 @@ class MatrixGroup:
     """Of the leaves."""
     views: tuple[MatrixView, ...] = dataclasses.field(metadata=dict(static=True))
     """How each is viewed as matrices."""
+    axis: Axis | None = dataclasses.field(default=None, metadata=dict(static=True))
+    """That the first axis of every array is divided over."""
 
     @property
-    def members(self) -> Iterator[tuple[str, MatrixView, slice]]:
+    def slots(self) -> np.ndarray:
+        """Where each of the matrices is among the B."""
+        count = sum(view.matrices[0] for view in self.views)
+        return np.arange(count) if self.axis is None else deal_rows(count, self.axis.size).slots
+
+    @property
+    def members(self) -> Iterator[tuple[str, MatrixView, np.ndarray]]:
         """(leaf, how it is viewed as matrices, which of the B are its own)."""
-        return zip(self.names, self.views, find_rows(self.views), strict=True)
+        slots = self.slots
+        return zip(self.names, self.views, (slots[rows] for rows in find_rows(self.views)), strict=True)
+
+    def divide(self, axis: Axis) -> "MatrixGroup":
+        """The same, dealt out over an axis."""
+        arrays = self.stack, self.parts, self.solution, self.beside
+        if self.axis is not None:
+            arrays = jax.tree.map(lambda x: x[self.slots], arrays)
+        stack, parts, solution, beside = divide_rows(arrays, axis)
+        return MatrixGroup(stack, parts, solution, beside, self.names, self.views, axis)
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +93,8 @@ class ModelFamily:
     """(leaf, dtype) of the first model in the tree's order; the composed model has them."""
     structure: Any = dataclasses.field(metadata=dict(static=True))
     models: int = dataclasses.field(metadata=dict(static=True))
+    axis: Axis | None = dataclasses.field(default=None, metadata=dict(static=True))
+    """That it is divided over, on a mesh."""
 
 
 def prepare_family(
@@ -82,6 +106,8 @@ def prepare_family(
     inputs: Mapping[str, InputStatistics] | None = None,
     layout: Layout = "auto",
     model_type: str | None = None,
+    mesh: Mesh | None = None,
+    axis: str = LAYERS,
     **hyperparameters: Any,
 ) -> ModelFamily:
     """Decompose K models: what every later composition goes without. Pure and differentiable in the trees.
@@ -94,6 +120,7 @@ def prepare_family(
             decompositions depend on (its rank) cannot be.
         base, inputs: as in `rgsp_jax.merge`, for methods that need them.
         layout, model_type: how kernels are laid out, see `rgsp_jax.rules.classify`.
+        mesh, axis: divide the family over an axis of a mesh, as `place_family` does; every device decomposes its own.
         hyperparameters: of the method, that stay as they are or where learning starts.
 
     Raises:
@@ -106,14 +133,15 @@ def prepare_family(
     learned = check_learned(chosen, learn, hyperparameters)
     leaves = sort_leaves(trees, chosen, hyperparameters, base=base, inputs=inputs, layout=layout, model_type=model_type)
     fixed = tuple(sorted((k, v) for k, v in hyperparameters.items() if k not in learned))
-    groups = tuple(make_group(chosen, group, leaves, learned, fixed) for group in leaves.groups)
+    along = None if mesh is None else Axis(mesh, axis)
+    groups = tuple(make_group(chosen, group, leaves, learned, fixed, along) for group in leaves.groups)
     starts = {
         name: start
         for group in groups
         for name, start in start_group(chosen, group, learned, hyperparameters, len(trees)).items()
     }
     others = [facts for facts in zip(leaves.names, leaves.actions, leaves.columns, strict=True) if facts[1] != "method"]
-    return ModelFamily(
+    family = ModelFamily(
         groups=groups,
         tensors={name: jnp.stack(column[: 1 if action == "copy" else len(trees)]) for name, action, column in others},
         starts=starts,
@@ -125,6 +153,30 @@ def prepare_family(
         structure=leaves.structure,
         models=len(trees),
     )
+    return family if mesh is None else place_family(family, mesh, axis)
+
+
+def place_family(family: ModelFamily, mesh: Mesh, axis: str = LAYERS) -> ModelFamily:
+    """A family divided over an axis of a mesh: each device holds, and composes, matrices of its own.
+
+    Matrices of one shape are dealt out evenly. Other leaves are divided along the first of their dimensions that the
+    axis divides, else whole on every device. The members are the same, to rounding.
+    """
+    along = Axis(mesh, axis)
+    return dataclasses.replace(
+        family,
+        groups=tuple(group if group.axis == along else group.divide(along) for group in family.groups),
+        tensors={name: divide_tensor(stack, along) for name, stack in family.tensors.items()},
+        starts=jax.device_put(family.starts, along.whole),
+        axis=along,
+    )
+
+
+def divide_tensor(stack: Array, axis: Axis) -> Array:
+    """Models' [K, *shape] divided along the first dimension of the shape that is divided evenly, if there is one."""
+    even = [i for i in range(1, stack.ndim) if stack.shape[i] and stack.shape[i] % axis.size == 0]
+    spec = PartitionSpec(*[None] * even[0], axis.name) if even else PartitionSpec()
+    return jax.device_put(stack, NamedSharding(axis.mesh, spec))
 
 
 def check_learned(method: Method, learn: Sequence[str] | None, given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -145,15 +197,20 @@ def make_group(
     leaves: SortedLeaves,
     learned: Iterable[str],
     fixed: tuple[tuple[str, Any], ...],
+    axis: Axis | None,
 ) -> MatrixGroup:
     """Decompose matrices of one shape."""
     dtype = jnp.result_type(*(x for i in group.members for x in leaves.columns[i]))
     stacks, beside = stack_group(group, leaves, dtype)
+    if axis is not None:
+        stacks, beside = divide_rows((stacks, beside), axis)
     parts = solution = None
     if method.stages is not None:
         known = not set(learned) & method.stages.arguments("solve")
-        parts, solution = decompose_stacks(method, fixed, known, stacks, beside)
-    return MatrixGroup(stacks, parts, solution, beside, tuple(leaves.names[i] for i in group.members), group.views)
+        decompose = functools.partial(decompose_stacks, method, fixed, known)
+        parts, solution = (decompose if axis is None else map_rows(decompose, axis))(stacks, beside)
+    names = tuple(leaves.names[i] for i in group.members)
+    return MatrixGroup(stacks, parts, solution, beside, names, group.views, axis)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -255,16 +312,19 @@ def compose_tree(family: ModelFamily, coefficients: Coefficients) -> PyTree:
     `relative_weighted`: matrices are `mean + sum_k (sum_j a_kj u_kj v_kj^T + b_k rest_k)`, linear in a and b. Vectors
     and embeddings are `mean + sum_k c_k (theta_k - mean)`. What a leaf has no coefficients for is as at the start. The
     backward pass keeps no intermediate of a matrix (`jax.checkpoint`): it makes each again.
+
+    Of a family on a mesh every device composes its own matrices, and all get the merged leaves whole.
     """
     leaves: dict[str, Array] = {}
     for group in family.groups:
         leaves |= compose_group(family, group, coefficients)
     for name, stack in family.tensors.items():
         if name in family.buffers:
-            leaves[name] = stack[0]
+            leaves[name] = gather_rows(stack[0], family.axis)
         else:
             weights = weigh_models(family, find_own(family, coefficients, name))
-            leaves[name] = jnp.tensordot(weights.astype(compute_dtype(stack.dtype)), widen(stack), axes=1)
+            mixed = jnp.tensordot(weights.astype(compute_dtype(stack.dtype)), widen(stack), axes=1)
+            leaves[name] = gather_rows(mixed, family.axis)
     return order_leaves(family, leaves)
 
 
@@ -275,10 +335,14 @@ def order_leaves(family: ModelFamily, leaves: Mapping[str, Array]) -> PyTree:
 
 def expert_tree(family: ModelFamily, model: Array | int) -> PyTree:
     """One of the K models itself, `model` counting from 0; leaves that are no weights are the first's."""
-    leaves = {name: stack[0] if name in family.buffers else stack[model] for name, stack in family.tensors.items()}
+    leaves = {
+        name: gather_rows(stack[0] if name in family.buffers else stack[model], family.axis)
+        for name, stack in family.tensors.items()
+    }
     for group in family.groups:
+        matrices = gather_rows(group.stack[:, model], group.axis)
         for name, view, rows in group.members:
-            leaves[name] = view.from_matrices(group.stack[rows, model])
+            leaves[name] = view.from_matrices(matrices[rows])
     return order_leaves(family, leaves)
 
 
@@ -298,16 +362,26 @@ def compose_group(family: ModelFamily, group: MatrixGroup, coefficients: Coeffic
     settings = [{key: constrain(method, key, value) for key, value in own.items()} for own in values]
     settings = match_shapes(settings)
     each = [own for own, view in zip(settings, group.views, strict=True) for _ in range(view.matrices[0])]
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
-    merged = map_batch(
-        jax.checkpoint(functools.partial(compose_matrix, method, dict(family.settings))),
-        group.stack,
-        group.parts,
-        group.solution,
-        group.beside,
-        stacked,
-    )
+    if group.axis is not None:
+        each = [each[row] for row in deal_rows(len(each), group.axis.size).rows]
+    stacked = jax.tree.map(lambda *xs: gather_rows(jnp.stack(xs), group.axis), *each)
+    operands = group.stack, group.parts, group.solution, group.beside, stacked
+    if group.axis is None:
+        merged = compose_matrices(method, family.settings, *operands)
+    else:
+        merged = gather_rows(compile_compose(method, family.settings, group.axis)(*operands), group.axis)
     return {name: view.from_matrices(merged[rows]) for name, view, rows in group.members}
+
+
+def compose_matrices(method: Method, settings: tuple[tuple[str, Any], ...], *batches: Any) -> Array:
+    """Merged matrices [B, m, n] of their stacks, parts, solutions, what is beside them, and coefficients."""
+    return map_batch(jax.checkpoint(functools.partial(compose_matrix, method, dict(settings))), *batches)
+
+
+@functools.cache
+def compile_compose(method: Method, settings: tuple[tuple[str, Any], ...], axis: Axis) -> Any:
+    """`compose_matrices` on every device of an axis, of its own matrices."""
+    return map_rows(functools.partial(compose_matrices, method, settings), axis)
 
 
 def match_shapes(settings: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from rgsp_jax.checkpoint import replace_file
@@ -26,6 +27,7 @@ from rgsp_jax.learning import (
     expert_tree,
     export_settings,
     make_step,
+    place_rows,
     prepare_family,
     squared_distance,
     start_coefficients,
@@ -35,6 +37,7 @@ from rgsp_jax.pipeline import MergeConfig, MergeResult, merge_checkpoints, parse
 from rgsp_jax.pipeline.config import Override
 from rgsp_jax.pipeline.merge import check_place
 from rgsp_jax.pipeline.overview import versions
+from rgsp_jax.pipeline.placement import choose_devices
 from rgsp_jax.pipeline.plan import is_merged
 from rgsp_jax.pipeline.preparation import Preparation
 from rgsp_jax.registry import methods
@@ -48,6 +51,9 @@ METHOD = "relative_weighted"
 CONFIG, HISTORY, STATE, KEY = "merge.yaml", "history.jsonl", "state", "run.json"
 CACHED_BYTES = 1_000_000_000
 """Parents' answers are kept up to this size; past it they are made anew for every batch."""
+
+SHARED = "devices"
+"""The mesh's one axis: each device composes matrices of its own, and answers rows of its own."""
 
 OnStep = Callable[["Record", int], None]
 """`on_step(what just happened, steps in all)`."""
@@ -90,6 +96,7 @@ def run_learning(
     *,
     resume: bool = False,
     on_step: OnStep | None = None,
+    devices: int | None = None,
 ) -> LearnResult:
     """Learn the hyperparameters of a merge by gradient, and merge with them into `out`.
 
@@ -100,13 +107,16 @@ def run_learning(
         config: models and method (`relative_weighted` by default), hyperparameters to start from.
         settings: data, loss, optimiser.
         out: directory to create.
-        resume: go on with an `OUT.learning` that was interrupted; the steps are those of a run that was not.
+        resume: go on with an `OUT.learning` that was interrupted; the steps are those of a run that was not, to the bit
+            on as many devices, to rounding on others.
         on_step: called after each.
+        devices: of this process that share the models' matrices and the rows of every batch; None is all its
+            accelerators, or one CPU device. Coefficients and the optimiser's state are on each.
 
     Raises:
         RefusedError: what the user can mend, all of it at once; nothing is left behind.
     """
-    out = Path(out)
+    out, mesh = Path(out), make_mesh(devices)
     workshop = out.with_name(out.name + ".learning")
     config = config if config.method is not None else config.model_copy(update={"method": METHOD})
     with prepare(config, out) as preparation:
@@ -115,8 +125,8 @@ def run_learning(
             raise RefusedError(problems)
         merged = [name for name in preparation.plan.tasks if is_merged(config, name)]
         tasks = open_tasks(preparation.checkpoints[: len(config.models)], config.models, merged, settings)
-        family = load_family(preparation, merged, settings)
-    run = Run(tasks, family, settings)
+        family = load_family(preparation, merged, settings, mesh)
+    run = Run(tasks, family, settings, mesh)
     key = fingerprint(config, settings, tasks)
     with workspace(workshop, key, resume=resume):
         history, (state, resumed) = open_history(workshop), restore(workshop, run)
@@ -126,9 +136,15 @@ def run_learning(
         after = run.evaluate(state.parameters)
         learned = export_config(config, family, state.parameters)
         (workshop / CONFIG).write_text(learned.to_yaml(), encoding="utf-8")
-        result = merge_checkpoints(learned, out, resume=resume)
+        result = merge_checkpoints(learned, out, resume=resume, devices=devices)
     shutil.rmtree(workshop / STATE, ignore_errors=True)
     return summarise(result, workshop, settings, resumed, before, after, tasks)
+
+
+def make_mesh(devices: int | None) -> Mesh | None:
+    """Of so many devices of this process, None where it is one; RefusedError where there are fewer."""
+    chosen = choose_devices(devices)
+    return Mesh(np.array(chosen), (SHARED,)) if chosen[1:] else None
 
 
 def find_problems(config: MergeConfig, settings: LearnSettings, workshop: Path, *, resume: bool) -> list[str]:
@@ -152,8 +168,10 @@ def find_problems(config: MergeConfig, settings: LearnSettings, workshop: Path, 
     return problems
 
 
-def load_family(preparation: Preparation, merged: Sequence[str], settings: LearnSettings) -> ModelFamily:
-    """The models' weights, decomposed."""
+def load_family(
+    preparation: Preparation, merged: Sequence[str], settings: LearnSettings, mesh: Mesh | None = None
+) -> ModelFamily:
+    """The models' weights, decomposed, on a mesh each matrix on a device of its own."""
     config = preparation.config
     trees: list[dict[str, Array]] = []
     problems = []
@@ -179,6 +197,8 @@ def load_family(preparation: Preparation, merged: Sequence[str], settings: Learn
             inputs=read_inputs(preparation) if "covariances" in method.needs else None,
             model_type=first.get("model_type"),
             layout="pytorch",
+            mesh=mesh,
+            axis=SHARED,
             **config.hyperparameters,
         )
     except ValueError as error:
@@ -204,11 +224,12 @@ def read_inputs(preparation: Preparation) -> dict[str, InputStatistics]:
 class Run:
     """Everything that a step takes, compiled once."""
 
-    def __init__(self, tasks: Sequence[Task], family: ModelFamily, settings: LearnSettings):
-        self.tasks, self.family, self.settings = tasks, family, settings
+    def __init__(self, tasks: Sequence[Task], family: ModelFamily, settings: LearnSettings, mesh: Mesh | None = None):
+        self.family, self.settings, self.mesh = family, settings, mesh
+        self.tasks = [replace(task, own=self.spread(task.own), head=self.spread(task.head)) for task in tasks]
         self.objective = choose_objective(tasks, settings)
         self.optimiser = settings.make_optimiser()
-        self.start = start_learning(start_coefficients(family, settings.per), self.optimiser)
+        self.start = self.spread(start_learning(start_coefficients(family, settings.per), self.optimiser))
         self.batches = [(k, batch) for k, task in enumerate(tasks) for batch in task.batches]
         twins = find_twins(tasks)
         teach = {k: jax.jit(tasks[k].answer) for k in set(twins)}
@@ -221,6 +242,14 @@ class Run:
         self._answers: dict[int, Answer] = {}
         self._cached = 0
         self.spreads = [self._measure_spread(k) for k in range(len(tasks))]
+
+    def spread(self, tree: Any) -> Any:
+        """The same on every device."""
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch with its rows divided over the devices."""
+        return batch if self.mesh is None else place_rows(batch, self.mesh, SHARED)
 
     def _make_loss(self, k: int) -> Callable[..., Any]:
         """Loss on one model's inputs, with (answers right, answers) beside it."""
@@ -250,7 +279,7 @@ class Run:
             return self._answers[index]
         k, batch = self.batches[index]
         task = self.tasks[k]
-        answer = self._teach[k](expert_tree(self.family, k), task.own, task.head, batch)
+        answer = self._teach[k](expert_tree(self.family, k), task.own, task.head, self.place(batch))
         kept = self.objective.reads | {"logits"}  # by which agreement is measured, whatever the loss
         answer = answer._replace(**dict.fromkeys(set(Answer._fields) - kept))
         size = sum(x.nbytes for x in jax.tree.leaves(answer))
@@ -262,14 +291,14 @@ class Run:
     def _measure_spread(self, k: int) -> dict[str, Array]:
         """Mean over a model's batches."""
         own = [i for i, (j, _) in enumerate(self.batches) if j == k]
-        found = [measure_spread(self.teach(i), self.batches[i][1], self.objective.reads) for i in own]
+        found = [measure_spread(self.teach(i), self.place(self.batches[i][1]), self.objective.reads) for i in own]
         return jax.tree.map(lambda *xs: jnp.mean(jnp.stack(xs)), *found)
 
     def arguments(self, index: int) -> tuple[Any, ...]:
         """What the loss takes beside the parameters."""
         k, batch = self.batches[index]
         task = self.tasks[k]
-        return self.family, task.own, task.head, batch, self.teach(index), self.spreads[k]
+        return self.family, task.own, task.head, self.place(batch), self.teach(index), self.spreads[k]
 
     def order(self, epoch: int) -> np.ndarray:
         """In which the batches of an epoch come: a function of the seed alone, so that a run can be resumed."""
@@ -333,7 +362,7 @@ def restore(workshop: Path, run: Run) -> tuple[LearningState, int]:
             return run.start, 0
         like = jax.tree.map(np.asarray, run.start)
         state = manager.restore(latest, args=ocp.args.StandardRestore(like))
-    return jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), state, run.start), latest
+    return run.spread(jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), state, run.start)), latest
 
 
 def export_config(config: MergeConfig, family: ModelFamily, parameters: Any) -> MergeConfig:

@@ -131,6 +131,58 @@ def test_a_run_that_is_interrupted_ends_as_one_that_is_not_and_its_config_needs_
     assert tree_bytes(tmp_path / "again")["model.safetensors"] == weights[0]
 
 
+def read_losses(out):
+    return [
+        json.loads(line)["loss"] for line in (out.parent / f"{out.name}.learning" / HISTORY).read_text().splitlines()
+    ]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(encoders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "out"
+    return run_learning(*share_work(encoders), out, devices=1)
+
+
+def share_work(place):
+    """Batches of three rows, that four devices fill up."""
+    config = configure(place, 2, hyperparameters={"rank": 2}, exclude=("pooler.*",))
+    return config, settle(place, 2, heads=True, batch_size=3, pull=0.01, steps=4)
+
+
+def stop_behind(record, total):
+    if record.step == 3:
+        raise StoppedError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", [4, 1])
+def test_devices_share_the_work_and_finish_each_others(encoders, tmp_path, on_one_device, then):
+    """Steps are one device's to rounding; resumed on as many devices they are the same to the bit."""
+    job = share_work(encoders)
+    whole = run_learning(*job, tmp_path / "whole", devices=4)
+    expected = read_losses(on_one_device.merge.out)  # differences of logarithms of the order of 1
+    np.testing.assert_allclose(read_losses(whole.merge.out), expected, rtol=1e-5, atol=2e-6)
+    assert whole.agreement_before == on_one_device.agreement_before
+    with pytest.raises(StoppedError):
+        run_learning(*job, tmp_path / "parts", devices=4, on_step=stop_behind)
+    parts = run_learning(*job, tmp_path / "parts", devices=then, resume=True)
+    assert parts.resumed_steps == 2
+    if then == 4:
+        for name in (HISTORY, "merge.yaml", "before.json"):
+            ours, theirs = ((tmp_path / f"{run}.learning" / name).read_text() for run in ("whole", "parts"))
+            assert ours == theirs, name
+    np.testing.assert_allclose(read_losses(parts.merge.out), expected, rtol=1e-5, atol=2e-6)
+    with open_checkpoint(parts.merge.out) as found, open_checkpoint(on_one_device.merge.out) as one:
+        for name in one.specs:
+            np.testing.assert_allclose(found.read(name), one.read(name), atol=2e-5, err_msg=name)
+
+
+def test_more_devices_than_there_are_are_refused(encoders, tmp_path):
+    with pytest.raises(RefusedError, match="--devices 9: this process has 8 cpu devices"):
+        run_learning(*share_work(encoders), tmp_path / "out", devices=9)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_checkpoint_is_the_model_that_was_learned(encoders, tmp_path):
     """What the last loss was measured on is what the pipeline writes."""
     config = configure(encoders, hyperparameters={"rank": 2})
