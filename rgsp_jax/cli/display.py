@@ -89,9 +89,44 @@ def show_plan(description: Mapping[str, Any]) -> None:
     console.print(
         f"reads {format_bytes(description['bytes_in'])}, writes {format_bytes(description['bytes_out'])}"
         f" in {description['shards']} file(s), {description['flops']:.2g} FLOPs, peak memory"
-        f" {format_bytes(description['peak_memory'])} above the process, roughly {description['seconds']:.0f} s here",
+        f" {format_bytes(description['peak_memory'])} above the process, roughly {description['seconds']:.0f} s"
+        f" on {name_devices(description['prediction'])}",
         highlight=False,
     )
+
+
+def name_devices(prediction: Mapping[str, Any]) -> str:
+    """`one cpu device`, `4 processes with 4 tpu-v5e devices each`."""
+    processes, each, kind = prediction["processes"], prediction["devices_per_process"], prediction["kind"]["name"]
+    own = f"one {kind} device" if each == 1 else f"{each} {kind} devices"
+    return own if processes == 1 else f"{processes} processes with {own} each"
+
+
+def show_prediction(prediction: Mapping[str, Any]) -> None:
+    """Where the time of a merge on planned devices goes, and what that rests on."""
+    console = Console()
+    console.print(f"[italic]On {name_devices(prediction)}: a prediction[/]", highlight=False, soft_wrap=True)
+    table = Table("stage", "seconds")
+    for stage, seconds in prediction["stages"].items():
+        table.add_row(stage + " (bottleneck)" * (stage == prediction["bottleneck"]), f"{seconds:.1f}")
+    table.add_row("all, as they overlap", f"{prediction['seconds']:.1f}")
+    console.print(table)
+    divided = prediction["divided"]
+    shown = ", ".join(map(show, divided[:3])) + (f" and {len(divided) - 3} others" if divided[3:] else "")
+    for line in (
+        prediction["overlapping"],
+        f"memory: {format_bytes(prediction['memory_per_process'])} of each process's host,"
+        f" {format_bytes(prediction['memory_per_device'])} of each device",
+        f"devices idle {prediction['idle_share']:.0%} of the time, {prediction['padding_share']:.0%} of the computing"
+        f" is padding; slowest process over mean {prediction['imbalance']:.2f}",
+        f"rows divided over the devices of a process: {shown or 'no matrix'}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+    table = Table("figure", "value", "origin", "source", title="What it rests on", title_justify="left")
+    for name, figure in prediction["kind"]["figures"].items():
+        table.add_row(name, f"{figure['value']:.3g} {figure['unit']}".strip(), figure["origin"], figure["source"])
+    console.print(table)
+    console.print(f"assumed: {', '.join(prediction['assumed'])}. Left out: {prediction['left_out']}", highlight=False)
 
 
 def show_result(result: MergeResult) -> None:

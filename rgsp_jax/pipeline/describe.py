@@ -1,35 +1,39 @@
-"""A plan in plain data, for `--plan`: what would be done, and about how long it would take here."""
+"""A plan in plain data, for `--plan`: what would be done, and about how long it would take."""
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rgsp_jax.checkpoint import plan_shards
+from rgsp_jax.pipeline.hardware import DeviceKind, recognise_kind
 from rgsp_jax.pipeline.placement import Placement, Wave, place_merge
 from rgsp_jax.pipeline.plan import step_rows
+from rgsp_jax.pipeline.prediction import Layout, predict_merge
 from rgsp_jax.pipeline.preparation import Preparation
 
-DISK_RATE = 0.8e9
-"""Bytes read or written a second where the page cache helps: an order of magnitude, no promise."""
-FACTOR_RATE = 0.15
-"""Share of the matrix-product rate that factorisations reach."""
-COMPILE_SECONDS = 3.0
-"""Of one group with a factorisation."""
 
+def describe_plan(
+    preparation: Preparation,
+    placement: Placement | None = None,
+    *,
+    kind: DeviceKind | None = None,
+    layout: Layout | None = None,
+) -> dict[str, Any]:
+    """Tensors by rule, groups and how they are dealt out, bytes, FLOPs, peak memory and a predicted time.
 
-def describe_plan(preparation: Preparation, placement: Placement | None = None) -> dict[str, Any]:
-    """Tensors by rule, groups and how they are dealt out, bytes, FLOPs, peak memory and a rough time.
-
-    Without a placement it is that of one device.
+    Args:
+        preparation: models and plan.
+        placement: on whose devices; None is one device that is here.
+        kind: of these devices; None is what they are.
+        layout: of processes that merge; None is one.
     """
     plan, config = preparation.plan, preparation.config
     placement = placement or place_merge(plan, devices=1)
     waves: defaultdict[int, list[Wave]] = defaultdict(list)
     for wave in placement.waves(plan.items):
         waves[id(wave.group)].append(wave)
+    prediction = predict_here(preparation, placement, kind, layout)
     rules = Counter((t.kind, t.method) for t in plan.tasks.values())
     sizes: Counter[tuple[str, str]] = Counter()
     for task in plan.tasks.values():
@@ -65,7 +69,8 @@ def describe_plan(preparation: Preparation, placement: Placement | None = None) 
         "flops": plan.flops,
         "peak_memory": placement.peak_memory(plan),
         "peak_device_memory": placement.peak_device_memory(plan),
-        "seconds": estimate_seconds(preparation),
+        "seconds": prediction["seconds"],
+        "prediction": prediction,
     }
 
 
@@ -83,18 +88,23 @@ def describe_waves(waves: Sequence[Wave], devices: int) -> dict[str, Any]:
     }
 
 
-def estimate_seconds(preparation: Preparation) -> float:
-    """Bytes at a disk's rate, or FLOPs at a share of this machine's measured matrix-product rate, and compilation."""
+def predict_here(
+    preparation: Preparation, placement: Placement, kind: DeviceKind | None = None, layout: Layout | None = None
+) -> dict[str, Any]:
+    """How long the merge takes on these devices, of the kind that they are where none is given."""
+    device = placement.devices[0]
     plan = preparation.plan
-    compiled = sum(group.action == "matrices" for group in plan.groups)
-    moving = (plan.bytes_in + 2 * plan.bytes_out) / DISK_RATE
-    return max(moving, plan.flops / (FACTOR_RATE * measure_flops())) + COMPILE_SECONDS * compiled
+    return predict_merge(
+        lambda names: plan if names is None else preparation.plan_part(names),
+        kind or recognise_kind(device.platform, device.device_kind),
+        layout or Layout(1, len(placement.devices), 1),
+        max_shard_size=preparation.config.max_shard_size,
+        model_bytes=count_model_bytes(preparation),
+        device_memory=placement.device_memory,
+    )
 
 
-def measure_flops(size: int = 768) -> float:
-    """Floating-point operations a second of a float32 matrix product here; takes some milliseconds."""
-    a = np.ones((size, size), np.float32)
-    a @ a
-    start = time.perf_counter()
-    a @ a
-    return 2 * size**3 / (time.perf_counter() - start)
+def count_model_bytes(preparation: Preparation) -> int:
+    """Of all models' files on this machine, which are hashed for the report; objects in stores are not."""
+    files = [path for checkpoint in preparation.checkpoints for path in checkpoint.weight_files]
+    return sum(path.stat().st_size for path in files if isinstance(path, Path))

@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 
 from rgsp_jax.checkpoint import format_bytes
 from rgsp_jax.errors import RefusedError
+from rgsp_jax.pipeline.hardware import DeviceKind
 from rgsp_jax.pipeline.plan import (
     BLOCK,
     IN_FLIGHT,
@@ -72,6 +73,13 @@ class Wave:
     def steps(self) -> int:
         """Steps of the kernel that every device takes."""
         return self.shares[0].capacity // step_rows(self.group)
+
+
+@dataclass(frozen=True)
+class PlannedDevice:
+    """Stands for a device that need not be here, where only a plan is made."""
+
+    platform: str
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,26 @@ def place_merge(plan: MergePlan, *, devices: int | Devices | None = None) -> Pla
     wanted = devices if isinstance(devices, Devices) else Devices(devices)
     chosen = choose_devices(wanted.count)
     limit = read_limit(chosen) if wanted.memory is None else wanted.memory
-    placement = Placement(chosen, plan.memory, limit)
+    return checked(plan, Placement(chosen, plan.memory, limit))
+
+
+def place_planned(plan: MergePlan, devices: Devices, kind: DeviceKind) -> Placement:
+    """As `place_merge`, on devices of a kind that need not be here.
+
+    Args:
+        plan: made for such devices.
+        devices: how many, and the bytes to take of each; None is what they have, less a margin.
+        kind: of the devices.
+    """
+    stand_ins = tuple(PlannedDevice(kind.platform) for _ in range(devices.count or 1))
+    limit = devices.memory
+    if limit is None and kind.memory is not None:
+        limit = int((1 - MARGIN) * kind.memory.value)
+    return checked(plan, Placement(cast("tuple[jax.Device, ...]", stand_ins), plan.memory, limit))
+
+
+def checked(plan: MergePlan, placement: Placement) -> Placement:
+    """A placement that has room for all; RefusedError for one that has not."""
     if problems := find_too_large(plan, placement):
         raise RefusedError(problems)
     return placement

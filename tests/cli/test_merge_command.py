@@ -341,3 +341,35 @@ def test_errors_of_the_system_are_one_sentence(tmp_path, rgsp, models, monkeypat
     monkeypatch.setattr("rgsp_jax.pipeline.merge.check_buffers", fail)
     outcome = rgsp("merge", *models, "-m", "average", "-o", tmp_path / "out")
     assert (outcome.code, outcome.problems) == (2, ["Input/output error: /some/file"])
+
+
+def test_plans_for_devices_that_are_not_here(rgsp, models):
+    plan = ["merge", *models, "--rank", "2", "--plan", "--device-kind"]
+    outcome = rgsp(*plan, "tpu-v5e", "--devices", "16")
+    assert (outcome.code, outcome.err) == (0, "")
+    for expected in (
+        "4 processes with 4 tpu-v5e devices each: a prediction", "(bottleneck)", "assumed", "published", "derived",
+        "devices idle", "rows divided over the devices of a process: no matrix", "on 4 tpu devices", "Left out:",
+    ):  # fmt: skip
+        assert expected in outcome.out
+    found = json.loads(rgsp(*plan, "h100", "--devices", "2", "--json").out)
+    assert (found["devices"], found["platform"], "processes" in found) == (2, "gpu", False)
+    prediction = found["prediction"]
+    assert prediction["kind"]["name"] == "h100" and "share" in prediction["assumed"]
+    assert prediction["kind"]["figures"]["matmul"]["origin"] == "published"
+    assert prediction["seconds"] == found["seconds"] >= max(prediction["stages"].values())
+    several = json.loads(
+        rgsp(*plan, "tpu-v5e", "--devices", "8", "--distributed", "--processes", "2", "--json").out
+    )  # fmt: skip
+    assert len(several["processes"]) == several["prediction"]["processes"] == 2
+    assert several["prediction"]["devices_per_process"] == 8
+
+
+def test_kinds_of_devices_that_cannot_be_planned_for(tmp_path, rgsp, models):
+    merge = ["merge", *models, "-m", "average"]
+    outcome = rgsp(*merge, "--plan", "--device-kind", "abacus")
+    assert outcome.problems == ["--device-kind abacus: not known; there are cpu, h100, h200, tpu-v5e, tpu-v5p"]
+    outcome = rgsp(*merge, "-o", tmp_path / "out", "--device-kind", "h100")
+    assert outcome.problems == ["--device-kind goes with --plan: a merge takes the devices that are there"]
+    outcome = rgsp(*merge, "--plan", "--device-kind", "h100", "--devices", "9")
+    assert outcome.code == 2 and "hosts of h100 have 8 devices each" in outcome.problems[0]

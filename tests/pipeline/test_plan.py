@@ -49,7 +49,7 @@ def test_description(tmp_path, plain_report):
         found = describe_plan(preparation)
     assert set(found) == {
         "models", "base", "method", "rules", "groups", "devices", "platform", "bytes_in", "bytes_out", "shards",
-        "flops", "peak_memory", "peak_device_memory", "seconds",
+        "flops", "peak_memory", "peak_device_memory", "seconds", "prediction",
     }  # fmt: skip
     assert (found["models"], found["base"], found["method"]) == (models[:2], None, "rgsp")
     rules = {(row["rule"], row["method"]): (row["tensors"], row["parameters"]) for row in found["rules"]}
