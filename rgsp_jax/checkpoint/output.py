@@ -27,7 +27,7 @@ def _existing_ancestor(path: Path) -> Path:
     return path
 
 
-def check_output(out: Path | str, inputs: Iterable[Checkpoint | Path | str]) -> list[str]:
+def check_output(out: Path | RemotePath | str, inputs: Iterable[Checkpoint | Path | str]) -> list[str]:
     """Why nothing may be written at `out`: something is there, it touches an input, its parent will not have it.
 
     Args:
@@ -37,6 +37,8 @@ def check_output(out: Path | str, inputs: Iterable[Checkpoint | Path | str]) -> 
     Returns:
         One sentence per problem, none where all is well.
     """
+    if isinstance(out, RemotePath):
+        return check_remote_output(out, inputs)
     out = Path(out)
     problems = []
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -60,6 +62,28 @@ def check_output(out: Path | str, inputs: Iterable[Checkpoint | Path | str]) -> 
         problems.append(f"the output's parent {parent} {what}")
     elif not os.access(parent, os.W_OK | os.X_OK):
         problems.append(f"the output's parent {parent} is not writable for you")
+    return problems
+
+
+def check_remote_output(out: RemotePath, inputs: Iterable[Checkpoint | Path | str]) -> list[str]:
+    """As `check_output`, for an output in a store; what an unfinished merge put there is no problem."""
+    problems = []
+    try:
+        found = out.inform()
+        if found is not None and found.get("type") != "directory":
+            problems.append(f"the output {out} is already there and is an object: choose another name")
+        elif out.list_entries() and not out.beside(f"{out.name}.incomplete").list_entries():
+            problems.append(f"the output {out} is already there and not empty: choose another name or remove it")
+    except OSError as error:
+        problems.append(f"{error.filename or out} cannot be read: {error.strerror or error}")
+    for source in inputs:
+        path = source.path if isinstance(source, Checkpoint) else source
+        if not isinstance(path, RemotePath):
+            continue
+        if f"{out}/".startswith(f"{path}/"):
+            problems.append(f"the output {out} lies inside the input {path}: choose a place outside")
+        elif f"{path}/".startswith(f"{out}/"):
+            problems.append(f"the input {path} lies inside the output {out}: choose another place")
     return problems
 
 

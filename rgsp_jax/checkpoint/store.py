@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ class ObjectIdentity:
     size: int
     marks: tuple[tuple[str, str], ...]
 
+    def agrees(self, other: "ObjectIdentity") -> bool:
+        """Whether no checksum that both have says that their contents differ."""
+        ours, theirs = dict(self.marks), dict(other.marks)
+        return all(ours[name] == theirs[name] for name in ("md5Hash", "crc32c") if name in ours and name in theirs)
+
     @property
     def label(self) -> str:
         """The store's own name of this content, its strongest mark: `md5Hash:...`; "" where it has none."""
@@ -50,19 +55,31 @@ class ObjectIdentity:
         return ""
 
 
-@dataclass(frozen=True)
 class RemotePath:
     """An object, or what begins with its name and a slash, in a store.
 
-    Raises, in all its methods, OSError with the place's name where the store fails or denies something.
+    Its methods raise OSError with the place's name where the store fails or denies something.
+
+    Args:
+        url: without a slash at its end.
+        key: the same as the file system has it.
+        system: fsspec's.
     """
 
-    url: str
-    """Without a slash at its end."""
-    key: str
-    """As the file system has it."""
-    system: Any = field(compare=False, repr=False)
-    """fsspec's."""
+    def __init__(self, url: str, key: str, system: Any):
+        self.url, self.key, self.system = url, key, system
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and self.url == other.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def __deepcopy__(self, memo: object) -> "RemotePath":
+        return self
+
+    def __repr__(self) -> str:
+        return f"RemotePath({self.url!r})"
 
     def __str__(self) -> str:
         return self.url
@@ -144,6 +161,14 @@ class RemotePath:
         """Put a small object; with `create` FileExistsError where it is there already."""
         with self.asking():
             self.system.pipe_file(self.key, content, **({"mode": "create"} if create else {}))
+
+    def copy_to(self, target: "RemotePath") -> None:
+        """Copy an object within its store, and see that it arrived whole."""
+        with self.asking():
+            self.system.cp_file(self.key, target.key)
+        ours, theirs = self.identify(), target.identify()
+        if ours is None or theirs is None or ours.size != theirs.size or not ours.agrees(theirs):
+            raise OSError(errno.EIO, f"the store's copy of {self} is not all there", target.url)
 
     def fetch(self, target: Path) -> None:
         """Copy an object to a local file."""

@@ -14,18 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from rgsp_jax.checkpoint import format_bytes
-from rgsp_jax.cli.display import progress_bars, show_plan, show_prediction, show_result
+from rgsp_jax.checkpoint.store import RemotePath, is_remote, locate
+from rgsp_jax.cli.display import progress_bars, show_plan, show_result
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, describe_plan, merge_checkpoints, parse_config, prepare, read_config_file
 from rgsp_jax.pipeline.config import parse_size, parse_yaml, read_yaml
 from rgsp_jax.pipeline.decision import check_place
-from rgsp_jax.pipeline.hardware import DeviceKind, find_kind
 from rgsp_jax.pipeline.launch import connect_processes
 from rgsp_jax.pipeline.parts import describe_parts
-from rgsp_jax.pipeline.placement import Devices, place_merge, place_planned
-from rgsp_jax.pipeline.prediction import Layout, lay_out_devices
+from rgsp_jax.pipeline.placement import Devices, place_merge
 from rgsp_jax.pipeline.processes import Team
-from rgsp_jax.pipeline.workshop import name_workshop
+from rgsp_jax.pipeline.site import choose_site
 
 
 def parse_assignment(text: str, where: str) -> tuple[str, Any]:
@@ -94,7 +93,8 @@ def read_devices(count: int | None, memory: str | None) -> Devices:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("models", nargs=-1, metavar="MODEL...")
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Directory to create.")
+@click.option("--out", "-o", help="Directory to create, or a place in a store: gs://BUCKET/MERGED.")
+@click.option("--scratch", type=click.Path(path_type=Path), help="Local directory for an --out in a store.")
 @click.option("--method", "-m", help="See `rgsp methods`. Default: rgsp for two models, relative for more.")
 @click.option("--base", help="The models' common ancestor, for methods that need it.")
 @click.option("--key-map", help="YAML: rename (regex: template), keep, drop; for models with other tensor names.")
@@ -125,42 +125,47 @@ def read_devices(count: int | None, memory: str | None) -> Devices:
 @click.option("--heartbeat-timeout", type=click.IntRange(min=2), help="Seconds until a silent process is lost: 20.")
 @click.option("--start-timeout", type=click.IntRange(min=1), help="Seconds for all processes to arrive: 300.")
 @click.option("--device-memory", help="To take of each device's. Default: nine tenths of what it says it has.")
-@click.option("--device-kind", help="With --plan: for N --devices like cpu, h100, h200, tpu-v5e or tpu-v5p.")
 @click.option("--plan", "plan_only", is_flag=True, help="Read headers only, say what would happen, write nothing.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted merge.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def merge(
     models: tuple[str, ...],
-    out: Path | None,
+    out: str | None,
+    scratch: Path | None,
     config: str | None,
     devices: int | None,
-    device_kind: str | None,
     distributed: bool,
     plan_only: bool,
     resume: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Merge MODELs (Hugging Face or Orbax directories, weight files, hf://owner/name) into a directory."""
+    """Merge MODELs (Hugging Face or Orbax directories, weight files, hf://owner/name, gs://bucket/path) into one."""
     given = {name: flags.pop(name) for name in MEETING}
     if not distributed and (lost := [name for name, value in given.items() if value is not None]):
         raise RefusedError(f"--{name.replace('_', '-')} goes with --distributed" for name in lost)
     chosen_devices = read_devices(devices, flags.pop("device_memory"))
-    options: dict[str, Any] = {"resume": resume, "as_json": as_json, "devices": chosen_devices}
-    if device_kind is not None and not plan_only:
-        raise RefusedError("--device-kind goes with --plan: a merge takes the devices that are there")
+    place = read_place(out)
+    if scratch is not None and not isinstance(place, RemotePath):
+        raise RefusedError("--scratch goes with an --out in a store")
+    options: dict[str, Any] = {"resume": resume, "as_json": as_json, "devices": chosen_devices, "scratch": scratch}
     if plan_only and distributed and given["processes"] is None:
         raise RefusedError("--plan --distributed: say for how many with --processes N")
     if plan_only:
-        kind = None if device_kind is None else find_kind(device_kind)
-        settings = build_config(models, config, flags)
-        show_merge(settings, out, processes=given["processes"], kind=kind, **options)
+        show_merge(build_config(models, config, flags), place, processes=given["processes"], **options)
     elif distributed:
         chosen = {name: value for name, value in given.items() if value is not None}
         with connect_processes(**chosen, say=partial(click.echo, err=True)) as team:
-            run_merge(build_config(models, config, flags), out, processes=team, **options)
+            run_merge(build_config(models, config, flags), place, processes=team, **options)
     else:
-        run_merge(build_config(models, config, flags), out, plan_only=plan_only, **options)
+        run_merge(build_config(models, config, flags), place, plan_only=plan_only, **options)
+
+
+def read_place(out: str | None) -> Path | RemotePath | None:
+    """What --out names."""
+    if out is None:
+        return None
+    return locate(out) if is_remote(out) else Path(out)
 
 
 MEETING = ("coordinator", "processes", "process", "heartbeat_timeout", "start_timeout")
@@ -169,27 +174,19 @@ MEETING = ("coordinator", "processes", "process", "heartbeat_timeout", "start_ti
 
 def show_merge(
     settings: MergeConfig,
-    out: Path | None,
+    out: Path | RemotePath | None,
     *,
     resume: bool = False,
     as_json: bool = False,
     devices: Devices | None = None,
     processes: int | None = None,
-    kind: DeviceKind | None = None,
+    scratch: Path | None = None,
 ) -> None:
-    """What a merge would do, by how many processes, and on devices of what kind."""
-    with prepare(settings, out, shared_memory=None if kind is None else kind.shared) as preparation:
-        if out is not None and (problems := check_place(preparation, out, resume=resume)):
+    """What a merge would do, by how many processes."""
+    with prepare(settings, out) as preparation:
+        if out is not None and (problems := check_place(preparation, out, resume=resume, scratch=scratch)):
             raise RefusedError(problems)
-        plan, wanted = preparation.plan, devices or Devices()
-        if kind is None:
-            placement = place_merge(plan, devices=wanted)
-            layout = Layout(processes or 1, len(placement.devices), processes or 1)
-        else:
-            layout = lay_out_devices(kind, wanted.count, processes)
-            placement = place_planned(plan, Devices(layout.devices, wanted.memory), kind)
-            processes = layout.processes if layout.processes > 1 else processes
-        description = describe_plan(preparation, placement, kind=kind, layout=layout)
+        description = describe_plan(preparation, place_merge(preparation.plan, devices=devices))
         if processes is not None:
             description["processes"] = describe_parts(preparation.plan, settings.max_shard_size, processes)
             description["shards"] = sum(len(row["parts"]) for row in description["processes"])
@@ -199,8 +196,6 @@ def show_merge(
     show_plan(description)
     if processes is not None:
         show_parts(description["processes"])
-    if kind is not None:
-        show_prediction(description["prediction"])
 
 
 def show_parts(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -217,28 +212,35 @@ def show_parts(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def run_merge(
     settings: MergeConfig,
-    out: Path | None,
+    out: Path | RemotePath | None,
     *,
     plan_only: bool = False,
     resume: bool = False,
     as_json: bool = False,
     devices: Devices | None = None,
     processes: Team | None = None,
+    scratch: Path | None = None,
 ) -> None:
     """Plan or merge, and show what came of it; of several processes the first does."""
     if plan_only:
-        show_merge(settings, out, resume=resume, as_json=as_json, devices=devices)
+        show_merge(settings, out, resume=resume, as_json=as_json, devices=devices, scratch=scratch)
         return
     if out is None:
         raise RefusedError("say where to write with --out DIR, or look first with --plan")
     try:
         with progress_bars() as progress:
             result = merge_checkpoints(
-                settings, out, resume=resume, progress=progress, devices=devices, processes=processes
+                settings,
+                out,
+                resume=resume,
+                progress=progress,
+                devices=devices,
+                processes=processes,
+                scratch=scratch,
             )
     except KeyboardInterrupt:
-        workshop = name_workshop(out)
-        if workshop.exists():
+        workshop = choose_site(out).workshop
+        if isinstance(workshop, RemotePath) or workshop.exists():
             click.echo(f"stopped; finish with the same command and --resume ({workshop} keeps what is done)", err=True)
         raise
     if processes is not None and processes.index:

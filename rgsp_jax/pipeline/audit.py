@@ -92,14 +92,19 @@ def audit_whole(directory: Path, plan: MergePlan, digests: Sequence[Mapping[str,
     Raises:
         RefusedError: lists every tensor that is in no part or in several, or not where the index says.
     """
-    count = Counter(name for part in digests for name in part)
-    problems = [f"audit: {n!r} is in {count[n]} finished parts, not in one" for n in plan.tasks if count[n] != 1]
-    problems += [f"audit: {name!r} was not to be written" for name in count if name not in plan.tasks]
+    problems = find_uneven(plan, digests)
     if not problems:
         with open_checkpoint(directory) as output:
             problems = compare_specs(output.specs, plan)
     if problems:
         raise RefusedError(problems)
+
+
+def find_uneven(plan: MergePlan, parts: Sequence[Mapping[str, str]]) -> list[str]:
+    """One sentence per tensor that is not in exactly one of some parts, given by their tensors' digests."""
+    count = Counter(name for part in parts for name in part)
+    problems = [f"audit: {n!r} is in {count[n]} finished parts, not in one" for n in plan.tasks if count[n] != 1]
+    return problems + [f"audit: {name!r} was not to be written" for name in count if name not in plan.tasks]
 
 
 def covers(pieces: Sequence[Mapping[str, Any]], size: int) -> bool:

@@ -5,16 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rgsp_jax.checkpoint import plan_shards
+from rgsp_jax.checkpoint.store import RemotePath
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.agreement import fingerprint
-from rgsp_jax.pipeline.journal import NAME as JOURNAL
 from rgsp_jax.pipeline.journal import explain_other
-from rgsp_jax.pipeline.parts import NAME as CUT
-from rgsp_jax.pipeline.parts import Cut, cut_parts, deal, imbalance, predict, read_cut, weigh
+from rgsp_jax.pipeline.parts import Cut, cut_parts, deal, imbalance, predict, weigh
 from rgsp_jax.pipeline.preparation import Preparation
-from rgsp_jax.pipeline.work import count_done
-from rgsp_jax.pipeline.workshop import find_place_problems, name_workshop
+from rgsp_jax.pipeline.site import Site, choose_site
 
 AUDIT_SHARE = 0.1
 """Of a part's work, for one that is merged already: it is read and hashed once more."""
@@ -39,36 +36,36 @@ class Decision:
         return cls(data["fingerprint"], cut, data["left"], data["dealt"])
 
 
-def check_place(preparation: Preparation, out: Path, *, resume: bool = False) -> list[str]:
+def check_place(
+    preparation: Preparation, out: Path | RemotePath, *, resume: bool = False, scratch: Path | None = None
+) -> list[str]:
     """Why the merge cannot begin at `out` as things lie: an unfinished one is there, or too little room."""
-    shards = plan_shards(preparation.plan.specs, preparation.config.max_shard_size)
-    copies = 2 if preparation.checkpoints[0].format == "orbax" else 1
-    return find_place_problems(out, copies * shards.file_bytes, resume=resume)
+    return choose_site(out, scratch).find_problems(preparation, resume=resume)
 
 
-def decide(preparation: Preparation, out: Path, *, processes: int, distributed: bool, resume: bool) -> Decision:
+def decide(preparation: Preparation, site: Site, *, processes: int, distributed: bool, resume: bool) -> Decision:
     """How the merge is cut, or was, and who works on which part of it.
 
     Args:
         preparation: models and plan.
-        out: directory to create.
+        site: of the output.
         processes: how many are to work.
         distributed: cut a merge that was not begun before, into parts of one file each.
         resume: go on with what is there.
     """
-    if problems := check_place(preparation, out, resume=resume):
+    if problems := site.find_problems(preparation, resume=resume):
         raise RefusedError(problems)
-    workshop, mark, plan = name_workshop(out), fingerprint(preparation), preparation.plan
+    mark, plan = fingerprint(preparation), preparation.plan
     loads = {name: weigh(task) for name, task in plan.tasks.items()}
     cut = None
-    if (workshop / CUT).exists():
-        noted, cut = read_cut(workshop / CUT)
+    if begun := site.read_cut():
+        noted, cut = begun
         if noted != mark or sorted(cut.numbers) != sorted(plan.tasks):
-            raise explain_other(workshop)
-    elif distributed and not (workshop / JOURNAL).exists():
+            raise explain_other(site.workshop)
+    elif site.takes_parts(distributed):
         cut = cut_parts(list(loads.values()), preparation.config.max_shard_size, processes)
     seconds = predict(cut or Cut((tuple(plan.tasks),)), loads)
-    done = count_done(workshop, preparation, cut)
+    done = site.count_done(preparation, cut)
     left = [own * (1 - share + AUDIT_SHARE) for own, share in zip(seconds, done, strict=True)]
     return Decision(mark, cut, left, deal(left, processes))
 

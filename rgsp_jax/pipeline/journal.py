@@ -69,7 +69,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return lines, kept
 
 
-def explain_other(workshop: Path) -> RefusedError:
+def explain_other(workshop: object) -> RefusedError:
     """The refusal to go on with another merge's work."""
     return RefusedError(
         f"{workshop} was begun with other settings or other model files, so it cannot be resumed:"

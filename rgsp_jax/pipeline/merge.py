@@ -1,6 +1,5 @@
 """`merge_checkpoints`: from paths to a complete output directory, or to a clear refusal and nothing at all."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,32 +8,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rgsp_jax.checkpoint import (
-    Checkpoint,
-    ShardPlan,
-    convert_to_orbax,
-    copy_companions,
-    digest,
-    hash_file,
-    open_checkpoint,
-    publish,
-)
+from rgsp_jax.checkpoint import Checkpoint, ShardPlan, convert_to_orbax, digest, hash_file, open_checkpoint, publish
 from rgsp_jax.checkpoint.shard_writer import replace_file, write_index
-from rgsp_jax.errors import NotFiniteError, RefusedError
+from rgsp_jax.checkpoint.store import RemotePath, is_remote, locate
+from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.agreement import ask_platform, gather_facts, require_agreement, require_one_platform
 from rgsp_jax.pipeline.audit import audit, audit_whole
 from rgsp_jax.pipeline.config import MergeConfig
-from rgsp_jax.pipeline.decision import Decision, check_place, decide, describe_work
+from rgsp_jax.pipeline.decision import Decision, check_place, decide
+from rgsp_jax.pipeline.delivery import deliver
 from rgsp_jax.pipeline.execute import Compute
 from rgsp_jax.pipeline.journal import Journal
-from rgsp_jax.pipeline.overview import dominant_dtype, needs_dtype, summarise, write_overview
 from rgsp_jax.pipeline.parts import NAME as CUT
 from rgsp_jax.pipeline.parts import to_json
 from rgsp_jax.pipeline.placement import Devices, place_merge
 from rgsp_jax.pipeline.plan import WorkItem
 from rgsp_jax.pipeline.preparation import Preparation, check_buffers, check_covariances, prepare
 from rgsp_jax.pipeline.processes import Alone, Team
-from rgsp_jax.pipeline.records import build_records, collect_pieces, find_bad_inputs, find_bad_outputs
+from rgsp_jax.pipeline.records import collect_pieces
+from rgsp_jax.pipeline.run import Merged, Run, Spoilt, complete, nothing, refuse_non_finite
+from rgsp_jax.pipeline.site import DiskSite, StoreSite
 from rgsp_jax.pipeline.work import (
     FileHash,
     OpenPart,
@@ -50,7 +43,6 @@ from rgsp_jax.pipeline.work import (
 from rgsp_jax.pipeline.workshop import (
     MODEL,
     check_token,
-    clear_finished,
     explain_os_error,
     lock,
     make_workshop,
@@ -60,16 +52,12 @@ from rgsp_jax.pipeline.workshop import (
 
 __all__ = ["Journal", "MergeResult", "Progress", "check_place", "lock", "merge_checkpoints", "name_workshop"]
 
-Pieces = Mapping[str, Sequence[Mapping[str, Any]]]
-PROCESSES = "merge_processes.json"
-"""What every process did, beside an output that several made."""
-
 
 @dataclass(frozen=True)
 class MergeResult:
     """What a merge did."""
 
-    out: Path
+    out: Path | RemotePath
     method: str
     tensors: int
     counts_by_rule: dict[str, int]
@@ -85,33 +73,9 @@ class MergeResult:
     """Where several processes worked: what each had to do, read and took; see `describe_work`."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """One process's call of `merge_checkpoints`."""
-
-    config: MergeConfig
-    out: Path
-    team: Team
-    distributed: bool
-    resume: bool
-    progress: Progress | None
-    compute: Compute | None
-    overview: bool
-    devices: int | Devices | None
-
-    @property
-    def workshop(self) -> Path:
-        return name_workshop(self.out)
-
-    @property
-    def leads(self) -> bool:
-        """True in the process that acts for all."""
-        return self.team.index == 0
-
-
 def merge_checkpoints(
     config: MergeConfig,
-    out: Path | str,
+    out: Path | RemotePath | str,
     *,
     resume: bool = False,
     progress: Progress | None = None,
@@ -119,6 +83,7 @@ def merge_checkpoints(
     overview: bool = True,
     devices: int | Devices | None = None,
     processes: Team | None = None,
+    scratch: Path | str | None = None,
 ) -> MergeResult:
     """Merge models into the directory `out`, which appears complete or not at all.
 
@@ -131,7 +96,8 @@ def merge_checkpoints(
 
     Args:
         config: what to merge and how.
-        out: directory to create; for several processes, on a file system that they share.
+        out: directory to create; for several processes, on a file system that they share. Or a place in a store
+            (`gs://bucket/merged`, `s3://...`): parts are made on the local disk, and each is uploaded when it is done.
         resume: go on with an `OUT.incomplete` left by the same merge.
         progress: called as bytes are done, of this process's own share.
         compute: how items are computed, where decompositions are at hand (`rgsp_jax.sweep`).
@@ -139,17 +105,22 @@ def merge_checkpoints(
         devices: how many of this process's devices compute; None is all its accelerators, or one CPU device;
             `Devices` says how much of their memory, too. The result does not depend on it.
         processes: those that make this call, from `connect_processes`; None is this one by itself.
+        scratch: local directory for the parts of an output in a store; None is the system's for temporary files.
 
     Raises:
         RefusedError: what the user can mend, all of it at once; nothing is left behind. In every process where another
             one is lost or fails; what is done is left for `resume` then.
     """
     started = time.monotonic()
-    out = Path(out)
+    out = locate(str(out)) if is_remote(out) and not isinstance(out, RemotePath) else out
+    out = Path(out) if isinstance(out, str) else out
+    if scratch is not None and not isinstance(out, RemotePath):
+        raise RefusedError(f"scratch {scratch}: it goes with an output in a store, and {out} is none")
     if out.name in ("", ".."):
         raise RefusedError(f"the output {out} has no name of its own: give the directory to create")
     team = processes or Alone()
-    run = Run(config, out, team, processes is not None, resume, progress, compute, overview, devices)
+    room = None if scratch is None else Path(scratch)
+    run = Run(config, out, team, processes is not None, resume, progress, compute, overview, devices, room)
     try:
         facts = begin(run)
     except BaseException as error:
@@ -163,7 +134,7 @@ def begin(run: Run) -> dict[str, Any]:
     team = run.team
     if team.count > 1:  # first of all, since no process gets its devices before all ask for them
         team.meet("started", ask_platform, require_one_platform)
-    team.meet("cleared", nothing, lambda _: clear_finished(run.out, run.workshop) if run.resume else None)
+    team.meet("cleared", nothing, lambda _: run.site.clear_finished() if run.resume else None)
     with ExitStack() as stack:
         opened: list[Preparation] = []
 
@@ -172,7 +143,7 @@ def begin(run: Run) -> dict[str, Any]:
             return gather_facts(opened[0]) if team.count > 1 else {}
 
         def settle(_: object) -> dict[str, Any]:
-            decision = decide(opened[0], run.out, processes=team.count, distributed=run.distributed, resume=run.resume)
+            decision = decide(opened[0], run.site, processes=team.count, distributed=run.distributed, resume=run.resume)
             return asdict(decision)
 
         def check_own() -> dict[str, list[str]]:
@@ -190,45 +161,39 @@ def begin(run: Run) -> dict[str, Any]:
             parts = f"{count} part{'s'[: count > 1]}"
             team.say(f"{idle} of {team.count} processes {verb} nothing to do: the merge is {parts}")
         flags = team.meet("checked", check_own, lambda found: {n: f for part in found for n, f in part.items()})
-        return work_in(run, preparation, decision, flags)
+        if isinstance(run.site, StoreSite):
+            return deliver(run, run.site, preparation, decision, flags)
+        assert isinstance(run.site, DiskSite)
+        return work_in(run, run.site.workshop, preparation, decision, flags)
 
 
-def nothing() -> None:
-    """The work of a process that only waits for process 0's."""
-
-
-def work_in(run: Run, preparation: Preparation, decision: Decision, flags: Mapping[str, list[str]]) -> dict[str, Any]:
+def work_in(
+    run: Run, workshop: Path, preparation: Preparation, decision: Decision, flags: Mapping[str, list[str]]
+) -> dict[str, Any]:
     """Do the merge in the workshop; facts of the result."""
     spoilt = Spoilt()
     with ExitStack() as held:
 
         def make(_: object) -> str:
-            fresh = not run.workshop.exists()
-            make_workshop(run.workshop)
-            held.enter_context(lock(run.workshop))
+            fresh = not workshop.exists()
+            make_workshop(workshop)
+            held.enter_context(lock(workshop))
             spoilt.all = fresh
-            if decision.cut and not (run.workshop / CUT).exists():
-                replace_file(run.workshop / CUT, to_json(decision.cut, decision.fingerprint).encode())
-            return write_token(run.workshop) if run.team.count > 1 else ""
+            if decision.cut and not (workshop / CUT).exists():
+                replace_file(workshop / CUT, to_json(decision.cut, decision.fingerprint).encode())
+            return write_token(workshop) if run.team.count > 1 else ""
 
         try:
-            with explained(run.workshop):
+            with explained(workshop):
                 token = run.team.meet("made", nothing, make)
-                facts = merge_in(run, preparation, decision, flags, token, spoilt)
-            run.team.meet("left", nothing, lambda _: shutil.rmtree(run.workshop))
+                facts = merge_in(run, workshop, preparation, decision, flags, token, spoilt)
+            run.team.meet("left", nothing, lambda _: shutil.rmtree(workshop))
             return facts
         except BaseException as error:
             run.team.fail(error)  # the others have left the workshop when this returns
             if isinstance(error, RefusedError) and spoilt.all and run.leads:
-                shutil.rmtree(run.workshop, ignore_errors=True)
+                shutil.rmtree(workshop, ignore_errors=True)
             raise
-
-
-@dataclass
-class Spoilt:
-    """Whether what lies in the workshop is of no use to anyone who resumes."""
-
-    all: bool = False
 
 
 @contextmanager
@@ -242,6 +207,7 @@ def explained(workshop: Path) -> Iterator[None]:
 
 def merge_in(
     run: Run,
+    workshop: Path,
     preparation: Preparation,
     decision: Decision,
     flags: Mapping[str, list[str]],
@@ -250,34 +216,33 @@ def merge_in(
 ) -> dict[str, Any]:
     """Merge, audit and finish; process 0 puts together what all have done."""
     team, shards = run.team, lay_out(preparation, decision.cut)
-    team.kept = f"what is done is kept in {run.workshop}: finish it with the same command and --resume"
+    team.kept = f"what is done is kept in {workshop}: finish it with the same command and --resume"
     parts: list[OpenPart] = []
-    pieces: dict[str, Sequence[Mapping[str, Any]]] = {}
-    work: list[dict[str, Any]] = []
+    merged = Merged()
 
     def open_own(stack: ExitStack) -> None:
         if token:
-            check_token(run.workshop, token)
+            check_token(workshop, token)
         for part in plan_parts(preparation, decision.cut, decision.fingerprint, decision.dealt[team.index]):
-            parts.append(open_part(part, run.workshop, shards))
+            parts.append(open_part(part, workshop, shards))
             stack.enter_context(closing(parts[-1].journal))
 
     def put_together(found: Sequence[dict[str, Any]]) -> None:
-        pieces.update(collect_pieces(entry for one in found for entry in one.pop("entries")))
-        work.extend(found)
+        merged.pieces.update(collect_pieces(entry for one in found for entry in one.pop("entries")))
+        merged.work.extend(found)
         spoilt.all = True
-        refuse_non_finite(preparation, pieces)
+        refuse_non_finite(preparation, merged.pieces)
         spoilt.all = False
 
-    def complete(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return finish(run, preparation, decision, shards, pieces, flags, work, found)
+    def conclude(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return finish(run, workshop / MODEL, preparation, decision, shards, merged, flags, found)
 
     with hash_files(preparation.checkpoints if run.overview else (), team.index, team.count) as hashes:
         with ExitStack() as stack:
             team.meet("begun", lambda: open_own(stack))
             spoilt.all = False
             team.meet("merged", lambda: merge_own(run, preparation, parts), put_together, long=True)
-        return team.meet("finished", lambda: audit_own(run, parts, hashes), complete, long=True)
+        return team.meet("finished", lambda: audit_own(run, parts, hashes), conclude, long=True)
 
 
 def merge_own(run: Run, preparation: Preparation, parts: Sequence[OpenPart]) -> dict[str, Any]:
@@ -323,14 +288,6 @@ def audit_own(run: Run, parts: Sequence[OpenPart], hashes: Sequence[FileHash]) -
     }
 
 
-def refuse_non_finite(preparation: Preparation, pieces: Pieces) -> None:
-    """Refuse inputs, and merges, that hold an infinity or a NaN; all of them at once."""
-    if problems := find_bad_inputs(preparation.plan, pieces, preparation.labels):
-        raise RefusedError(problems)
-    if problems := find_bad_outputs(preparation.plan, pieces):
-        raise NotFiniteError(problems)
-
-
 def as_orbax(directory: Path, parent: Checkpoint, digests: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
     """The audited weights as an Orbax checkpoint with the parent's tree, read back; its path, its files' SHA-256."""
     converted = directory.with_name("orbax")
@@ -348,16 +305,17 @@ def as_orbax(directory: Path, parent: Checkpoint, digests: Mapping[str, str]) ->
 
 def finish(
     run: Run,
+    directory: Path,
     preparation: Preparation,
     decision: Decision,
     shards: ShardPlan,
-    pieces: Pieces,
+    merged: Merged,
     flags: Mapping[str, list[str]],
-    work: Sequence[Mapping[str, Any]],
     audited: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Everything beside the audited weights, and the output's name; facts of the result."""
-    plan, first, directory = preparation.plan, preparation.checkpoints[0], run.workshop / MODEL
+    """Everything beside the audited weights in `directory`, and the output's name; facts of the result."""
+    assert isinstance(run.out, Path)
+    plan, first = preparation.plan, preparation.checkpoints[0]
     parts = [digests for found in audited for digests in found["digests"]]
     if decision.cut:
         write_index(directory, shards)
@@ -366,30 +324,6 @@ def finish(
     files = dict(sorted(item for found in audited for item in found["files"].items()))
     if first.format == "orbax":
         directory, files = as_orbax(directory, first, digests)
-    dtype = dominant_dtype(plan)
-    copy_companions(first, directory, dtype=dtype if needs_dtype(first.config, dtype) else None)
-    records = build_records(plan, pieces, digests, flags)
-    known = {(model, file): value for found in audited for model, file, value in found["hashes"]}
-    hashes = [
-        [known.get((k, i), "") for i in range(len(c.weight_files))] for k, c in enumerate(preparation.checkpoints)
-    ]
-    summary = summarise(preparation, run.out.name, records, hashes, shards)
-    processes = describe_work(decision, work, audited) if run.distributed or decision.cut else None
-    if run.overview:
-        write_overview(directory, summary, records, files)
-    (directory / PROCESSES).unlink(missing_ok=True)  # of a run that got so far
-    if processes is not None:
-        (directory / PROCESSES).write_text(json.dumps(processes, indent=2) + "\n", encoding="utf-8")
+    facts = complete(directory, run, preparation, decision, shards, merged, flags, audited, digests, files)
     publish(directory, run.out)
-    return {
-        "method": summary.method,
-        "tensors": len(plan.tasks),
-        "counts_by_rule": dict(summary.counts_by_rule),
-        "flag_counts": dict(summary.flag_counts),
-        "warnings": tuple(summary.warnings),
-        "bytes_in": plan.bytes_in,
-        "bytes_out": plan.bytes_out,
-        "resumed_items": sum(one["resumed"] for one in work),
-        "files": files,
-        "processes": processes,
-    }
+    return facts

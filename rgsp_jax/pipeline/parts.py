@@ -115,11 +115,16 @@ def to_json(cut: Cut, fingerprint: str) -> str:
 
 def read_cut(path: Path) -> tuple[str, Cut]:
     """Fingerprint and cut as noted; RefusedError where the file is damaged."""
+    return parse_cut(path.read_bytes(), path, path.parent)
+
+
+def parse_cut(text: bytes, path: object, workshop: object) -> tuple[str, Cut]:
+    """As `read_cut`, of what was noted at `path` in `workshop`."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text)
         return str(found["fingerprint"]), Cut(tuple(tuple(map(str, names)) for names in found["parts"]))
     except (ValueError, KeyError, TypeError):
-        raise RefusedError(f"{path} cannot be read, so the merge cannot be resumed: delete {path.parent}") from None
+        raise RefusedError(f"{path} cannot be read, so the merge cannot be resumed: delete {workshop}") from None
 
 
 def describe_parts(plan: MergePlan, max_bytes: int, processes: int) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from rgsp_jax.checkpoint import (
     open_checkpoint,
     open_covariances,
 )
+from rgsp_jax.checkpoint.store import RemotePath
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline.config import MergeConfig
 from rgsp_jax.pipeline.plan import InputSite, MergePlan, is_merged, plan_merge
@@ -39,8 +40,6 @@ class Preparation:
     """Of the models' architecture, where known."""
     sites: tuple[Mapping[str, InputSite], ...] = ()
     """For every covariance file, tensor name -> where its inputs lie."""
-    shared_memory: bool | None = None
-    """The plan is for devices that work in the host's memory; None is as they do here."""
 
     @property
     def with_base(self) -> bool:
@@ -49,26 +48,12 @@ class Preparation:
     def plan_part(self, names: Sequence[str]) -> MergePlan:
         """The plan of some of the tensors, each done as in the plan of all."""
         specs = [checkpoint.specs for checkpoint in self.checkpoints]
-        return plan_merge(
-            self.config,
-            specs,
-            names=names,
-            model_type=self.model_type,
-            sites=self.sites,
-            shared_memory=self.shared_memory,
-        )
+        return plan_merge(self.config, specs, names=names, model_type=self.model_type, sites=self.sites)
 
 
 @contextmanager
-def prepare(
-    config: MergeConfig, out: Path | None = None, *, shared_memory: bool | None = None
-) -> Iterator[Preparation]:
+def prepare(config: MergeConfig, out: Path | RemotePath | None = None) -> Iterator[Preparation]:
     """Open the models and plan their merge from headers.
-
-    Args:
-        config: what to merge and how.
-        out: where to write.
-        shared_memory: for devices that work in the host's memory; None is as they do here.
 
     Raises:
         RefusedError: everything that stands against the merge, over all models, at once.
@@ -117,14 +102,10 @@ def prepare(
         if problems:
             raise RefusedError(problems)
         sites = [list_sites(*pair) for pair in zip(covariances, checkpoints, strict=False)]
-        specs = [checkpoint.specs for checkpoint in checkpoints]
-        plan = plan_merge(
-            config, specs, names=names, model_type=model_type, sites=sites, shared_memory=shared_memory
-        )
+        plan = plan_merge(config, [c.specs for c in checkpoints], names=names, model_type=model_type, sites=sites)
         if plan.problems:
             raise RefusedError(plan.problems)
-        opened = tuple(checkpoints), plan, tuple(labels), tuple(covariances)
-        yield Preparation(config, *opened, model_type, tuple(sites), shared_memory)
+        yield Preparation(config, tuple(checkpoints), plan, tuple(labels), tuple(covariances), model_type, tuple(sites))
 
 
 def needs_base(config: MergeConfig, first: Checkpoint, name: str) -> bool:

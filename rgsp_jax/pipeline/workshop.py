@@ -128,7 +128,7 @@ def take_lock(workshop: Path) -> int:
     raise denied
 
 
-def explain_os_error(error: OSError, workshop: Path) -> RefusedError:
+def explain_os_error(error: OSError, workshop: object) -> RefusedError:
     """A full disk or a lost mount, in one sentence; what is done so far stays for --resume."""
     where = f" ({error.filename})" if error.filename else ""
     return RefusedError(
