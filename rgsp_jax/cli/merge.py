@@ -15,14 +15,16 @@ from rich.table import Table
 
 from rgsp_jax.checkpoint import format_bytes
 from rgsp_jax.checkpoint.store import RemotePath, is_remote, locate
-from rgsp_jax.cli.display import progress_bars, show_plan, show_result
+from rgsp_jax.cli.display import progress_bars, show_plan, show_prediction, show_result
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, describe_plan, merge_checkpoints, parse_config, prepare, read_config_file
 from rgsp_jax.pipeline.config import parse_size, parse_yaml, read_yaml
 from rgsp_jax.pipeline.decision import check_place
+from rgsp_jax.pipeline.hardware import DeviceKind, find_kind
 from rgsp_jax.pipeline.launch import connect_processes
 from rgsp_jax.pipeline.parts import describe_parts
-from rgsp_jax.pipeline.placement import Devices, place_merge
+from rgsp_jax.pipeline.placement import Devices, place_merge, place_planned
+from rgsp_jax.pipeline.prediction import Layout, lay_out_devices
 from rgsp_jax.pipeline.processes import Team
 from rgsp_jax.pipeline.site import choose_site
 
@@ -125,6 +127,7 @@ def read_devices(count: int | None, memory: str | None) -> Devices:
 @click.option("--heartbeat-timeout", type=click.IntRange(min=2), help="Seconds until a silent process is lost: 20.")
 @click.option("--start-timeout", type=click.IntRange(min=1), help="Seconds for all processes to arrive: 300.")
 @click.option("--device-memory", help="To take of each device's. Default: nine tenths of what it says it has.")
+@click.option("--device-kind", help="With --plan: for N --devices like cpu, h100, h200, tpu-v5e or tpu-v5p.")
 @click.option("--plan", "plan_only", is_flag=True, help="Read headers only, say what would happen, write nothing.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted merge.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
@@ -134,6 +137,7 @@ def merge(
     scratch: Path | None,
     config: str | None,
     devices: int | None,
+    device_kind: str | None,
     distributed: bool,
     plan_only: bool,
     resume: bool,
@@ -149,10 +153,14 @@ def merge(
     if scratch is not None and not isinstance(place, RemotePath):
         raise RefusedError("--scratch goes with an --out in a store")
     options: dict[str, Any] = {"resume": resume, "as_json": as_json, "devices": chosen_devices, "scratch": scratch}
+    if device_kind is not None and not plan_only:
+        raise RefusedError("--device-kind goes with --plan: a merge takes the devices that are there")
     if plan_only and distributed and given["processes"] is None:
         raise RefusedError("--plan --distributed: say for how many with --processes N")
     if plan_only:
-        show_merge(build_config(models, config, flags), place, processes=given["processes"], **options)
+        kind = None if device_kind is None else find_kind(device_kind)
+        settings = build_config(models, config, flags)
+        show_merge(settings, place, processes=given["processes"], kind=kind, **options)
     elif distributed:
         chosen = {name: value for name, value in given.items() if value is not None}
         with connect_processes(**chosen, say=partial(click.echo, err=True)) as team:
@@ -181,12 +189,21 @@ def show_merge(
     devices: Devices | None = None,
     processes: int | None = None,
     scratch: Path | None = None,
+    kind: DeviceKind | None = None,
 ) -> None:
-    """What a merge would do, by how many processes."""
-    with prepare(settings, out) as preparation:
+    """What a merge would do, by how many processes, and on devices of what kind."""
+    with prepare(settings, out, shared_memory=None if kind is None else kind.shared) as preparation:
         if out is not None and (problems := check_place(preparation, out, resume=resume, scratch=scratch)):
             raise RefusedError(problems)
-        description = describe_plan(preparation, place_merge(preparation.plan, devices=devices))
+        plan, wanted = preparation.plan, devices or Devices()
+        if kind is None:
+            placement = place_merge(plan, devices=wanted)
+            layout = Layout(processes or 1, len(placement.devices), processes or 1)
+        else:
+            layout = lay_out_devices(kind, wanted.count, processes)
+            placement = place_planned(plan, Devices(layout.devices, wanted.memory), kind)
+            processes = layout.processes if layout.processes > 1 else processes
+        description = describe_plan(preparation, placement, kind=kind, layout=layout)
         if processes is not None:
             description["processes"] = describe_parts(preparation.plan, settings.max_shard_size, processes)
             description["shards"] = sum(len(row["parts"]) for row in description["processes"])
@@ -196,6 +213,8 @@ def show_merge(
     show_plan(description)
     if processes is not None:
         show_parts(description["processes"])
+    if kind is not None:
+        show_prediction(description["prediction"])
 
 
 def show_parts(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -40,6 +40,8 @@ class Preparation:
     """Of the models' architecture, where known."""
     sites: tuple[Mapping[str, InputSite], ...] = ()
     """For every covariance file, tensor name -> where its inputs lie."""
+    shared_memory: bool | None = None
+    """The plan is for devices that work in the host's memory; None is as they do here."""
 
     @property
     def with_base(self) -> bool:
@@ -48,12 +50,26 @@ class Preparation:
     def plan_part(self, names: Sequence[str]) -> MergePlan:
         """The plan of some of the tensors, each done as in the plan of all."""
         specs = [checkpoint.specs for checkpoint in self.checkpoints]
-        return plan_merge(self.config, specs, names=names, model_type=self.model_type, sites=self.sites)
+        return plan_merge(
+            self.config,
+            specs,
+            names=names,
+            model_type=self.model_type,
+            sites=self.sites,
+            shared_memory=self.shared_memory,
+        )
 
 
 @contextmanager
-def prepare(config: MergeConfig, out: Path | RemotePath | None = None) -> Iterator[Preparation]:
+def prepare(
+    config: MergeConfig, out: Path | RemotePath | None = None, *, shared_memory: bool | None = None
+) -> Iterator[Preparation]:
     """Open the models and plan their merge from headers.
+
+    Args:
+        config: what to merge and how.
+        out: where to write.
+        shared_memory: for devices that work in the host's memory; None is as they do here.
 
     Raises:
         RefusedError: everything that stands against the merge, over all models, at once.
@@ -102,10 +118,12 @@ def prepare(config: MergeConfig, out: Path | RemotePath | None = None) -> Iterat
         if problems:
             raise RefusedError(problems)
         sites = [list_sites(*pair) for pair in zip(covariances, checkpoints, strict=False)]
-        plan = plan_merge(config, [c.specs for c in checkpoints], names=names, model_type=model_type, sites=sites)
+        specs = [checkpoint.specs for checkpoint in checkpoints]
+        plan = plan_merge(config, specs, names=names, model_type=model_type, sites=sites, shared_memory=shared_memory)
         if plan.problems:
             raise RefusedError(plan.problems)
-        yield Preparation(config, tuple(checkpoints), plan, tuple(labels), tuple(covariances), model_type, tuple(sites))
+        opened = tuple(checkpoints), plan, tuple(labels), tuple(covariances)
+        yield Preparation(config, *opened, model_type, tuple(sites), shared_memory)
 
 
 def needs_base(config: MergeConfig, first: Checkpoint, name: str) -> bool:
