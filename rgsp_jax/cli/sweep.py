@@ -36,6 +36,7 @@ def split_names(context: click.Context, option: click.Parameter, value: str | No
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe", show_default=True, help="Of a study.")
 @click.option("--storage", metavar="URL", help="Database of a study  [default: SQLite in OUT].")
 @click.option("--study-name", default="sweep", show_default=True, help="Of the study in its storage.")
+@click.option("--devices", type=int, help="Of this machine's. Default: all its accelerators, or one CPU device.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def sweep(
     config: Path,
@@ -49,6 +50,7 @@ def sweep(
     sampler: str,
     storage: str | None,
     study_name: str,
+    devices: int | None,
     as_json: bool,
 ) -> None:
     """Merge with every setting that CONFIG lists, and score each merge; decompositions are computed once.
@@ -70,6 +72,7 @@ def sweep(
         "keep": keep,
         "stamp": {"score": score, "metrics": list(metrics)},
         "on_result": on_result if console.is_terminal else None,
+        "devices": devices,
     }
     if study is None:
         results = run_sweep(chosen, out, evaluate, directions=directions, **shared)

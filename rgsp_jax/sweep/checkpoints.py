@@ -2,21 +2,26 @@
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from rgsp_jax.batching import map_batch
+from rgsp_jax.learning.dealing import Axis, deal_rows, divide_rows
 from rgsp_jax.method import Method, Stages, compute_dtype
 from rgsp_jax.pipeline.execute import ItemSources, compute_item
-from rgsp_jax.pipeline.kernels import ItemOutput, Static, cast_traced, measure_output
-from rgsp_jax.pipeline.plan import MergePlan, WorkItem
+from rgsp_jax.pipeline.kernels import LAYERS, ItemOutput, Static, cast_traced, measure_output
+from rgsp_jax.pipeline.plan import Group, MergePlan, WorkItem
 from rgsp_jax.registry import methods
+from rgsp_jax.sweep.grid import Point
+from rgsp_jax.sweep.mesh import POINTS, divide, make_mesh, split_devices
 from rgsp_jax.sweep.staging import Cut, Ranks, cut_setting
 
 Rows = list[np.ndarray]
@@ -75,12 +80,16 @@ class SharedStages:
 
     What is known of a matrix is kept under its tensor's name, so that merges may cut their work as they like. Of
     solutions the last is kept alone, as far as memory goes: let settings that share one follow each other.
+
+    Several devices deal the matrices of an item out among them; those that are left solve the points that come next
+    (see `expect`), whose solutions are kept as well. Everything passes through the host, nothing between devices.
     """
 
-    def __init__(self, ranks: Ranks, directory: Path, memory: int):
-        self.ranks, self.memory = ranks, memory
+    def __init__(self, ranks: Ranks, directory: Path, memory: int, devices: Sequence[jax.Device] = ()):
+        self.ranks, self.memory, self.devices = ranks, memory, tuple(devices)
+        self.coming: Sequence[Point] = ()
         self.parts = Shelf(directory, memory // 2)
-        self.solutions: dict[Any, tuple[Any, Rows]] = {}
+        self.solutions: dict[Any, dict[Any, Rows]] = {}
         self.solved_bytes = 0
         self.structures: dict[Any, Any] = {}
 
@@ -88,6 +97,10 @@ class SharedStages:
         """Give memory and disk back."""
         self.parts.close()
         self.solutions.clear()
+
+    def expect(self, points: Sequence[Point]) -> None:
+        """The point that is merged next, and those behind it."""
+        self.coming = points
 
     def compute(
         self, plan: MergePlan, item: WorkItem, sources: ItemSources, seed: int, with_base: bool
@@ -97,51 +110,106 @@ class SharedStages:
         method = methods.get(group.method)
         if group.action != "matrices" or method is None or method.stages is None:
             return compute_item(plan, item, sources, seed, with_base)
-        ranks = self.ranks.get(method.name, ())
-        cut = cut_setting(method, method.stages, group.hyperparameters, ranks, *group.matrix)
+        cut = self.cut_group(group, group.hyperparameters)
+        mesh = self.choose_mesh(item, 1)
         with jax.enable_x64(np.float64 in (*group.in_dtypes, group.out_dtype)):
-            weights = jax.device_put(sources.weights)
-            parts = self.recall_parts(item, (method.name, cut.prepare), weights, with_base)
-            solution = self.recall_solution(item, method.name, cut, parts)
-            build = compile_build(method.name, cut.build[0], group.out_dtype, with_base)
-            return jax.device_get(build(weights, parts, solution, cut.build[1]))
+            weights = place_slots(sources.weights, mesh)
+            parts = self.recall_parts(item, (method.name, cut.prepare), weights, with_base, mesh)
+            solution = self.recall_solution(item, cut, parts, mesh)
+            build = compile_build(method.name, cut.build[0], group.out_dtype, with_base, mesh)
+            return fetch_slots(build(weights, parts, solution, cut.build[1]), item.capacity, mesh)
+
+    def cut_group(self, group: Group, hyperparameters: Mapping[str, Any]) -> Cut:
+        """Cut a setting for the matrices of a group."""
+        ranks = self.ranks.get(group.method, ())
+        return cut_setting(methods[group.method], stages_of(group.method), hyperparameters, ranks, *group.matrix)
+
+    def choose_mesh(self, item: WorkItem, solutions: int) -> Mesh | None:
+        """Of the devices that an item's matrices at so many settings have work for, None where one has it all."""
+        points, layers = split_devices(max(1, len(self.devices)), [item.capacity], solutions)
+        return make_mesh(self.devices, points, layers) if points * layers > 1 else None
 
     def recall_parts(
-        self, item: WorkItem, setting: tuple[str, Static], weights: tuple[Array, ...], with_base: bool
+        self,
+        item: WorkItem,
+        setting: tuple[str, Static],
+        weights: tuple[Array, ...],
+        with_base: bool,
+        mesh: Mesh | None,
     ) -> Any:
         """The decompositions of an item's matrices, made where one of them is missing."""
         keys = [(setting, piece.name, piece.start) for piece in item.pieces]
         if all(key in self.parts for key in keys):
-            return self.stack_slots(item, ("parts", setting), [self.parts.get(key) for key in keys])
-        parts = compile_prepare(*setting, with_base)(weights)
-        leaves, self.structures["parts", setting] = jax.tree.flatten(jax.device_get(parts))
+            known = self.stack_slots(item, ("parts", setting), [self.parts.get(key) for key in keys])
+            return place_slots(known, mesh)
+        parts = compile_prepare(*setting, with_base, mesh)(weights)
+        leaves, self.structures["parts", setting] = jax.tree.flatten(fetch_slots(parts, item.capacity, mesh))
         for key, piece in zip(keys, item.pieces, strict=True):
             self.parts.put(key, [x[piece.slot] for x in leaves])
         return parts
 
-    def recall_solution(self, item: WorkItem, method: str, cut: Cut, parts: Any) -> Any:
-        """The solution of an item's matrices at this setting."""
-        setting = method, cut.solution
+    def recall_solution(self, item: WorkItem, cut: Cut, parts: Any, mesh: Mesh | None) -> Any:
+        """The solution of an item's matrices at this setting; where it is missing, with others that cost no time."""
+        method = item.group.method
+        structure, setting = ("solution", method, cut.solve[0]), (method, cut.solution)
         keys = [(piece.name, piece.start) for piece in item.pieces]
-        found = [self.solutions.get(key, (None, [])) for key in keys]
-        if all(solved == setting for solved, _ in found):
-            return self.stack_slots(item, ("solution", method, cut.solve[0]), [rows for _, rows in found])
-        solution = compile_solve(method, cut.solve[0])(parts, cut.solve[1])
-        leaves, self.structures["solution", method, cut.solve[0]] = jax.tree.flatten(jax.device_get(solution))
+        if all(setting in self.solutions.get(key, ()) for key in keys):
+            known = self.stack_slots(item, structure, [self.solutions[key][setting] for key in keys])
+            return place_slots(known, mesh)
+        cuts = self.look_ahead(item.group, cut)
+        wide = self.choose_mesh(item, len(cuts))
+        cuts = cuts[: 1 if wide is None else wide.shape[POINTS]]
+        if wide != mesh:
+            parts = place_slots(fetch_slots(parts, item.capacity, mesh), wide)
+        settings = {name: np.stack([own.solve[1][name] for own in cuts]) for name in cut.solve[1]}
+        solved = compile_solve(method, cut.solve[0], wide)(parts, settings)
+        leaves, self.structures[structure] = jax.tree.flatten(fetch_slots(solved, item.capacity, wide))
         for key, piece in zip(keys, item.pieces, strict=True):
-            self.solved_bytes -= count_bytes(self.solutions.pop(key, (None, []))[1])
-            rows = [np.array(x[piece.slot]) for x in leaves]
-            if self.solved_bytes + count_bytes(rows) <= self.memory // 2:
-                self.solutions[key] = setting, rows
-                self.solved_bytes += count_bytes(rows)
-        return solution
+            self.solved_bytes -= sum(map(count_bytes, self.solutions.pop(key, {}).values()))
+            for lane, own in enumerate(cuts):
+                rows = [np.array(x[piece.slot, lane]) for x in leaves]
+                if self.solved_bytes + count_bytes(rows) <= self.memory // 2:
+                    self.solutions.setdefault(key, {})[method, own.solution] = rows
+                    self.solved_bytes += count_bytes(rows)
+        return place_slots(jax.tree.unflatten(self.structures[structure], [x[:, 0] for x in leaves]), mesh)
+
+    def look_ahead(self, group: Group, cut: Cut) -> list[Cut]:
+        """This setting and those that come, of each solution one, as many as there are devices."""
+        found = {cut.solution: cut}
+        if not self.coming or self.coming[0].method != group.method:
+            return [cut]
+        now = self.coming[0].hyperparameters
+        if any(name not in group.hyperparameters or group.hyperparameters[name] != v for name, v in now.items()):
+            return [cut]  # an override has its own
+        for point in self.coming[1:]:
+            if len(found) >= len(self.devices) or point.method != group.method:
+                break
+            if point.hyperparameters.keys() == now.keys():
+                other = self.cut_group(group, {**group.hyperparameters, **point.hyperparameters})
+                if other.batch == cut.batch:
+                    found.setdefault(other.solution, other)
+        return list(found.values())
 
     def stack_slots(self, item: WorkItem, structure: Any, rows: Sequence[Rows]) -> Any:
         """Rows of the pieces in the item's slots; slots left empty repeat the first, as the sources do."""
         slots = {piece.slot: own for piece, own in zip(item.pieces, rows, strict=True)}
         filled = [slots.get(i, rows[0]) for i in range(item.capacity)]
         leaves = [np.stack(leaf) for leaf in zip(*filled, strict=True)]
-        return jax.device_put(jax.tree.unflatten(self.structures[structure], leaves))
+        return jax.tree.unflatten(self.structures[structure], leaves)
+
+
+def place_slots(tree: Any, mesh: Mesh | None) -> Any:
+    """What an item's slots hold, on the device, or dealt out over the layers of a mesh."""
+    return jax.device_put(tree) if mesh is None else divide_rows(tree, Axis(mesh, LAYERS))
+
+
+def fetch_slots(tree: Any, count: int, mesh: Mesh | None) -> Any:
+    """What the slots of an item hold, on the host."""
+    found = jax.device_get(tree)
+    if mesh is None:
+        return found
+    slots = deal_rows(count, mesh.shape[LAYERS]).slots
+    return jax.tree.map(lambda x: x[slots], found)
 
 
 def count_bytes(rows: Rows) -> int:
@@ -157,7 +225,7 @@ def read_stack(sources: tuple[Array, ...], method: Method, with_base: bool) -> t
 
 
 @functools.cache
-def compile_prepare(name: str, static: Static, with_base: bool) -> Any:
+def compile_prepare(name: str, static: Static, with_base: bool, mesh: Mesh | None = None) -> Any:
     """`prepare(sources [b, m, n] each) -> parts [b, ...]`."""
     method, stages = methods[name], stages_of(name)
 
@@ -165,23 +233,27 @@ def compile_prepare(name: str, static: Static, with_base: bool) -> Any:
         stack, known = read_stack(sources, method, with_base)
         return stages.prepare(stack, **stages.pick("prepare", known), **dict(static))
 
-    return jax.jit(lambda sources: map_batch(lambda x: prepare(x), sources))
+    return divide(lambda sources: map_batch(lambda x: prepare(x), sources), mesh, (P(LAYERS),), P(LAYERS))
 
 
 @functools.cache
-def compile_solve(name: str, static: Static) -> Any:
-    """`solve(parts [b, ...], traced) -> solution [b, ...]`."""
+def compile_solve(name: str, static: Static, mesh: Mesh | None = None) -> Any:
+    """`solve(parts [b, ...], traced [p]) -> solution [b, p, ...]`, one setting on each of the p devices of an axis."""
     stages = stages_of(name)
 
     def solve(parts: Any, traced: dict[str, Array]) -> Any:
         floats = [x.dtype for x in jax.tree.leaves(parts) if jnp.issubdtype(x.dtype, jnp.floating)]
         return stages.solve(parts, **cast_traced(traced, compute_dtype(*floats)), **dict(static))
 
-    return jax.jit(lambda parts, traced: map_batch(lambda x: solve(x, traced), parts))
+    def solve_all(parts: Any, settings: dict[str, Array]) -> Any:
+        own = {name: x[0] for name, x in settings.items()}
+        return jax.tree.map(lambda x: x[:, None], map_batch(lambda x: solve(x, own), parts))
+
+    return divide(solve_all, mesh, (P(LAYERS), P(POINTS)), P(LAYERS, POINTS))
 
 
 @functools.cache
-def compile_build(name: str, static: Static, out_dtype: np.dtype, with_base: bool) -> Any:
+def compile_build(name: str, static: Static, out_dtype: np.dtype, with_base: bool, mesh: Mesh | None = None) -> Any:
     """`build(sources, parts, solution, traced) -> ItemOutput`."""
     method, stages = methods[name], stages_of(name)
 
@@ -193,7 +265,7 @@ def compile_build(name: str, static: Static, out_dtype: np.dtype, with_base: boo
     def build_all(sources: tuple[Array, ...], parts: Any, solution: Any, traced: dict[str, Array]) -> ItemOutput:
         return map_batch(lambda *own: build(own[0], own[1], own[2], traced), sources, parts, solution)
 
-    return jax.jit(build_all)
+    return divide(build_all, mesh, (P(LAYERS), P(LAYERS), P(LAYERS), P()), P(LAYERS))
 
 
 def stages_of(name: str) -> Stages:

@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rgsp_jax.errors import NotFiniteError, RefusedError
 from rgsp_jax.pipeline import merge_checkpoints, prepare
 from rgsp_jax.pipeline.merge import MergeResult, lock, name_workshop
+from rgsp_jax.pipeline.placement import choose_devices
 from rgsp_jax.registry import methods
 from rgsp_jax.sweep.checkpoints import SharedStages
 from rgsp_jax.sweep.grid import Point, SweepConfig
@@ -51,6 +54,7 @@ def run_sweep(
     keep: bool = False,
     stamp: Mapping[str, Any] | None = None,
     on_result: OnResult | None = None,
+    devices: int | None = None,
 ) -> list[Result]:
     """Merge and score every point of a config; decompositions are computed once for all of them.
 
@@ -62,11 +66,15 @@ def run_sweep(
         out: directory for results; made if it is not there.
         evaluate: called with the directory of every merge, which is removed again; or with the merged tree.
         trees: models in place of the config's checkpoints, which are then names only; no checkpoint is written.
-        beside: with trees, other arguments of `sweep_merge`: `base`, `inputs`, `key`, `layout`, `model_type`.
+        beside: with trees, other arguments of `sweep_merge`: `base`, `inputs`, `key`, `layout`, `model_type`,
+            `mesh`.
         directions: metric -> "maximise" (as all that are not named) or "minimise".
         keep: leave the merges in `out/models`, each with its report.
         stamp: what else tells this sweep from others, as the command that scores.
         on_result: called after each.
+        devices: of this process that share the work on checkpoints; None is all its accelerators, or one CPU device.
+            Matrices that are read together are dealt out among them, and what is left of them solves the points that
+            come next: as many over each as leaves the busiest the least (`sweep.mesh.split_devices`).
 
     Returns:
         The results in the config's order.
@@ -77,7 +85,7 @@ def run_sweep(
         RefusedError: what the user can mend, all of it at once, before anything is merged; another sweep's results in
             `out`; a full disk. What `evaluate` raises passes through; what was scored before is kept.
     """
-    out, directions = Path(out), directions or {}
+    out, directions, chosen = Path(out), directions or {}, choose_devices(devices)
     points = config.plan_points() if not (problems := config.problems()) else []
     problems += [] if trees is not None or problems else find_problems(config, points)
     if problems:
@@ -90,7 +98,7 @@ def run_sweep(
         if trees is not None:
             scored = score_trees(trees, config, pending, evaluate, beside or {})
         else:
-            scored = score_checkpoints(config, pending, largest_ranks(points), evaluate, out, keep=keep)
+            scored = score_checkpoints(config, pending, largest_ranks(points), evaluate, out, chosen, keep=keep)
         for result in scored:
             append_result(out, result)
             done[result.point] = result
@@ -149,18 +157,26 @@ def score_trees(
 
 
 def score_checkpoints(
-    config: SweepConfig, points: Sequence[Point], ranks: Ranks, evaluate: Evaluate, out: Path, *, keep: bool
+    config: SweepConfig,
+    points: Sequence[Point],
+    ranks: Ranks,
+    evaluate: Evaluate,
+    out: Path,
+    devices: Sequence[jax.Device],
+    *,
+    keep: bool,
 ) -> Iterator[Result]:
     """Merge checkpoints one by one and score each."""
-    with sharing(ranks, out, config.memory) as stages:
-        for point in points:
+    with sharing(ranks, out, config.memory, devices) as stages:
+        for number, point in enumerate(points):
+            stages.expect(points[number:])
             yield score_point(config, point, evaluate, out, stages, keep=keep)
 
 
 @contextmanager
-def sharing(ranks: Ranks, out: Path, memory: int) -> Iterator[SharedStages]:
+def sharing(ranks: Ranks, out: Path, memory: int, devices: Sequence[jax.Device]) -> Iterator[SharedStages]:
     """Stages to compute merges by, given back at the end."""
-    stages = SharedStages(ranks, out, memory)
+    stages = SharedStages(ranks, out, memory, devices)
     try:
         yield stages
     finally:

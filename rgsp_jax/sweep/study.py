@@ -14,7 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rgsp_jax.errors import RefusedError
+from rgsp_jax.pipeline.placement import choose_devices
 from rgsp_jax.registry import methods
 from rgsp_jax.sweep.grid import Point, Range, SweepConfig, is_whole, list_corners, list_values
 from rgsp_jax.sweep.merging import TreeMerger
@@ -60,6 +63,7 @@ def run_study(
     stamp: Mapping[str, Any] | None = None,
     heartbeat: int = HEARTBEAT,
     on_result: OnResult | None = None,
+    devices: int | None = None,
 ) -> list[Result]:
     """Merge and score `trials` points of a space that an Optuna sampler chooses; one study, one worker or many.
 
@@ -83,6 +87,7 @@ def run_study(
         stamp: what else tells this study from others, as the command that scores.
         heartbeat: seconds between signs of life.
         on_result: called after each trial of this worker.
+        devices: of this worker, as in `run_sweep`; since no point is known ahead, matrices alone are dealt out.
 
     Returns:
         The results of all workers by trial.
@@ -90,7 +95,7 @@ def run_study(
     Raises:
         RefusedError: what the user can mend, all of it at once, before anything is merged; another study's results.
     """
-    out, directions = Path(out), dict(directions or {SCORE: "maximise"})
+    out, directions, chosen = Path(out), dict(directions or {SCORE: "maximise"}), choose_devices(devices)
     problems = find_study_problems(config, trials, sampler, directions)
     if not problems and trees is None:
         problems = find_problems(config, list_extremes(config))
@@ -102,7 +107,7 @@ def run_study(
         study = open_study(config, out, sampler, directions, storage, name, heartbeat, facts)
         if sampler == "grid":
             trials = min(trials, math.prod(len(values) for values in list_choices(config).values()))
-        with open_scorer(config, out, evaluate, trees, beside or {}, keep=keep) as scorer:
+        with open_scorer(config, out, evaluate, trees, beside or {}, chosen, keep=keep) as scorer:
             run_worker(study, config, out, scorer, trials, directions, heartbeat, on_result)
     if not keep:
         shutil.rmtree(out / MODELS, ignore_errors=True)  # what a worker that was killed left
@@ -119,13 +124,14 @@ def open_scorer(
     evaluate: Evaluate,
     trees: Sequence[Any] | None,
     beside: Mapping[str, Any],
+    devices: Sequence[jax.Device],
     *,
     keep: bool,
 ) -> Iterator[Callable[[Point], Result]]:
     """What merges and scores one point."""
     ranks = ranks_of_space(config)
     if trees is None:
-        with sharing(ranks, out, config.memory) as stages:
+        with sharing(ranks, out, config.memory, devices) as stages:
             yield lambda point: score_point(config, point, evaluate, out, stages, keep=keep)
         return
     merger = TreeMerger(trees, ranks, **beside)

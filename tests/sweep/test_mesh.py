@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from pipeline.toy_models import read_model, toy_family, write_family
 from rgsp_jax import methods
+from rgsp_jax.errors import RefusedError
 from rgsp_jax.learning.dealing import deal_rows
 from rgsp_jax.pipeline.kernels import LAYERS
-from rgsp_jax.sweep import merging, sweep_merge
+from rgsp_jax.sweep import checkpoints, merging, parse_sweep, run_sweep, sweep_merge
 from rgsp_jax.sweep.mesh import POINTS, compile_collect, make_mesh, name_axes, split_devices
 from sweep.test_merging import counted, make_trees
 
@@ -19,6 +21,8 @@ FIVE = {f"layer_{i}": {"kernel": (9, 7), "bias": (7,)} for i in range(5)}
 TWO_SHAPES = FIVE | {"wide": {"kernel": (6, 8)}}
 COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|reduce-scatter|collective-(?:permute|broadcast)|ragged")
 RELATIVE = [{"method": "relative", "rank": r, "scale": s} for r in (1, 0.5, 4) for s in ("auto", 0.5)]
+EXPERTS = "moe.experts.*"
+"""Three matrices in one tensor."""
 AVERAGES = [{"method": "average", "coefficients": c} for c in ((0.2, 0.5, 0.3), (0.1, 0.1, 0.8), (0.6, 0.2, 0.2))]
 PAIRWISE = [
     {"method": "rgsp", "rank": r, "beta": b, "projection": p}
@@ -128,6 +132,44 @@ def test_points_that_share_a_solution_are_built_on_all_devices():
     assert merging.split_groups([[0, 1, 2, 3, 4], [5]], 4) == [[0, 1], [2], [3, 4], [5]]
     assert merging.split_groups([[0], [1]], 4) == [[0], [1]]
     assert merging.split_groups([[0, 1], [2, 3], [4, 5]], 2) == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.usefixtures("plain_report")
+def test_checkpoints_on_several_devices(tmp_path, monkeypatch):
+    """The merges are one device's; matrices are dealt out, and points to come are solved beside the first."""
+    models = [str(path) for path in write_family(tmp_path, toy_family(3))]
+    axes = {"rank": [1, 2, 3], "scale": [0.5, "auto"]}
+    chosen = parse_sweep({"models": models, "include": [EXPERTS], "axes": axes})
+    shapes, compile_solve = [], checkpoints.compile_solve
+
+    def watch(*arguments):
+        mesh = arguments[2]
+        shapes.append(None if mesh is None else mesh.devices.shape)
+        return compile_solve(*arguments)
+
+    monkeypatch.setattr(checkpoints, "compile_solve", watch)
+
+    def merge_on(devices):
+        found = {}
+
+        def evaluate(path):
+            found[path.name] = read_model(path)
+            return float(len(found))
+
+        run_sweep(chosen, tmp_path / f"on{devices}", evaluate, devices=devices)
+        return found
+
+    expected = merge_on(1)
+    assert shapes == [None] * 3 and len(expected) == 6
+    shapes.clear()
+    found = merge_on(8)
+    assert shapes == [(2, 3), (1, 3)]  # three matrices each, two solutions at once, then the one that is left
+    for name, model in expected.items():
+        for tensor, x in model.items():
+            bound = 16 * np.finfo(np.float32).eps * np.abs(x.astype(np.float32)).max(initial=0)
+            np.testing.assert_allclose(found[name][tensor], x, rtol=0, atol=bound, err_msg=f"{name} {tensor}")
+    with pytest.raises(RefusedError, match="--devices 9"):
+        run_sweep(chosen, tmp_path / "none", len, devices=9)
 
 
 def test_devices_are_split_by_the_work_there_is():

@@ -108,7 +108,7 @@ def test_decompositions_are_made_once_and_may_lie_in_a_file(place, monkeypatch):
     assert calls.count("prepare") == 2 and calls.count("solve") == 4  # shapes, and ranks of them
     assert calls.count("build") == 12
     calls.clear()
-    monkeypatch.setattr(running, "sharing", lambda ranks, out, memory: sharing_little(ranks, out))
+    monkeypatch.setattr(running, "sharing", lambda ranks, out, *_: sharing_little(ranks, out))
     in_file = run_sweep(chosen, place / "file", read_score)
     assert calls.count("prepare") == 2 and calls.count("solve") == 12
     for ours, theirs in zip(in_file, in_memory, strict=True):
