@@ -8,6 +8,7 @@ FILE takes the tensors that are read, a line of name and bytes for each read.
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import sys
@@ -61,6 +62,8 @@ def parse() -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = parse()
+    if "TOY_STORE" in os.environ:
+        importlib.import_module("remote.toy_store")
     plan.ITEM_ELEMENTS = 160
     overview.render_report = lambda summary, records: f"<p>{len(records)}</p>"
     if arguments.log:

@@ -12,7 +12,7 @@ import time
 
 from rgsp_jax.checkpoint import ShardWriter, shard_writer
 from rgsp_jax.errors import RefusedError
-from rgsp_jax.pipeline import MergeConfig, execute, merge, merge_checkpoints, overview, plan
+from rgsp_jax.pipeline import MergeConfig, delivery, execute, merge, merge_checkpoints, overview, plan
 from rgsp_jax.pipeline.journal import Journal
 
 POINTS = {
@@ -22,6 +22,7 @@ POINTS = {
     "audit": (merge, "audit"),
     "write_text": (overview.Path, "write_text"),
     "publish": (merge, "publish"),
+    "upload": (delivery, "upload"),
     "rmtree": (merge.shutil, "rmtree"),
 }
 
