@@ -65,6 +65,15 @@ def test_points_on_a_mesh_are_those_of_one_device(points, layers, settings, shap
         assert leaf.sharding.is_fully_replicated and len(leaf.devices()) == points * layers
 
 
+def test_trees_that_a_study_asks_for_are_merged_on_a_mesh():
+    trees = make_trees(3, shapes=FIVE)
+    settings = [{"method": "task_arithmetic", "scale": s} for s in (0.5, 1.0)]
+    expected = list(sweep_merge(trees[:2], settings, base=trees[2]))
+    merger = merging.TreeMerger(trees[:2], {}, mesh=mesh_of(2, 4), base=trees[2])
+    found = [(point, merger.merge(point)) for point, _ in expected]
+    assert largest_difference(found, expected) <= 16 * np.finfo(np.float64).eps
+
+
 @pytest.mark.parametrize(("name", "axes"), [(LAYERS, (1, 8)), (POINTS, (8, 1))])
 def test_an_axis_may_be_missing(name, axes):
     named = name_axes(Mesh(np.array(jax.devices()), (name,)))
