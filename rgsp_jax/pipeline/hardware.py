@@ -66,6 +66,8 @@ class DeviceKind:
     """Of `matmul` that methods which take matrices apart reach."""
     compilation: Figure
     """Seconds for one shape of such a method."""
+    fixed: Figure
+    """Seconds of a merge of next to nothing, in processes that have started."""
     shared: bool = False
     """Devices, and processes on one host, have its arithmetic and memory together: simulated ones."""
 
@@ -86,6 +88,7 @@ class DeviceKind:
 BYTES, RATE, FLOPS = "B", "B/s", "FLOP/s"
 FACTORS = assumed(0.05, "", "no factorisation was measured on such a device")
 COMPILED = assumed(30.0, "s", "no compilation was measured for such a device")
+FIXED = assumed(1.0, "s", "files opened, checked, noted and named on a file system that hosts share")
 HASHED = assumed(1e9, RATE, "no such host was measured")
 
 
@@ -106,6 +109,7 @@ def _gpu(name: str, memory: float, bandwidth: float, sheet: str) -> DeviceKind:
         hash=HASHED,
         share=FACTORS,
         compilation=COMPILED,
+        fixed=FIXED,
     )
 
 
@@ -126,6 +130,7 @@ def _tpu(name: str, memory: float, host_memory: float, bfloat16: float, bandwidt
         hash=HASHED,
         share=FACTORS,
         compilation=COMPILED,
+        fixed=FIXED,
     )
 
 
@@ -177,6 +182,7 @@ def measure_host() -> DeviceKind:
         hash=Figure(measure_hashing(), RATE, "measured", here.format("SHA-256 of 4 MB")),
         share=assumed(0.15, "", "an order of magnitude; it differs by method and shape"),
         compilation=assumed(3.0, "s", "an order of magnitude"),
+        fixed=assumed(0.1, "s", "an order of magnitude"),
         shared=True,
     )
 

@@ -56,6 +56,7 @@ class Work:
     audit: float = 0.0
     hash: float = 0.0
     compilation: float = 0.0
+    fixed: float = 0.0
     useful: float = 0.0
     memory: int = 0
     device_memory: int = 0
@@ -64,12 +65,12 @@ class Work:
     @property
     def total(self) -> float:
         """From the first byte to the last."""
-        return max(self.compilation + self.merge + self.audit, self.hash)
+        return self.fixed + max(self.compilation + self.merge + self.audit, self.hash)
 
     @property
     def stages(self) -> dict[str, float]:
         """What could be the bottleneck: threads that run at once, or one after the other."""
-        names = ("read", "move", "compute", "write", "audit", "hash", "compilation")
+        names = ("read", "move", "compute", "write", "audit", "hash", "compilation", "fixed")
         return {name: getattr(self, name) for name in names}
 
 
@@ -145,6 +146,7 @@ def predict_merge(
     members = [predict_process(plans, kind, layout, device_memory) for plans in dealt]
     for work in members:
         work.bytes_hashed = model_bytes // layout.processes
+        work.fixed = kind.fixed.value
         work.hash = work.bytes_hashed / min(kind.hash.value, kind.read.value / layout.crowding)
     return describe(kind, layout, members)
 
@@ -249,8 +251,8 @@ def describe(kind: DeviceKind, layout: Layout, members: Sequence[Work]) -> dict[
         "devices": layout.processes * layout.devices,
         "seconds": seconds,
         "stages": {name: round(value, 6) for name, value in slowest.stages.items()},
-        "overlapping": "read, move + compute and write overlap wave by wave, hash runs beside all; compilation and"
-        " audit come before and after",
+        "overlapping": "read, move + compute and write overlap wave by wave, hash runs beside all; compilation,"
+        " audit and what is fixed come before and after",
         "bottleneck": max(slowest.stages, key=slowest.stages.__getitem__),
         "memory_per_process": max(work.memory for work in members),
         "memory_per_device": max(work.device_memory for work in members),
