@@ -60,7 +60,7 @@ def truncated_svd(
 
 
 def drop_null_directions(svd: TruncatedSVD, size: Float[Array, "..."] | None = None) -> TruncatedSVD:
-    """Zero columns for the triples whose singular value is zero to rounding: at most `eps max(64 s_1, 8 size)`.
+    """Zero columns for the triples whose singular value is zero to rounding: at most `64 eps max(s_1, size)`.
 
     Their vectors are some completion to orthonormal ones, which another algorithm or mesh completes otherwise. What
     looks at vectors without their singular values, as a polar factor of several models' does, would depend on that.
@@ -69,11 +69,8 @@ def drop_null_directions(svd: TruncatedSVD, size: Float[Array, "..."] | None = N
       svd: of one matrix, or of several on leading axes.
       size: Frobenius norm of what each matrix was the difference of, whose rounding it carries.
     """
-    eps = float(jnp.finfo(svd.s.dtype).eps)
-    cutoff = _NULL * eps * svd.s[..., 0]
-    if size is not None:
-        cutoff = jnp.maximum(cutoff, 8 * eps * size)
-    kept = svd.s > cutoff[..., None]
+    largest = svd.s[..., 0] if size is None else jnp.maximum(svd.s[..., 0], size)
+    kept = svd.s > _NULL * float(jnp.finfo(svd.s.dtype).eps) * largest[..., None]
     u, v = (jnp.where(kept[..., None, :], x, 0) for x in (svd.u, svd.v))
     return TruncatedSVD(u, jnp.where(kept, svd.s, 0), v, svd.residual)
 

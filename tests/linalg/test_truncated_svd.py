@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from linalg.matrices import check_truncated_svd, slow_decay, with_singular_values
 from references import signed_svd
+from rgsp_jax.linalg import drop_null_directions, truncated_svd
 from rgsp_jax.linalg import svd as svd_module
-from rgsp_jax.linalg import truncated_svd
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
@@ -158,3 +158,19 @@ def test_other_refusals():
             truncated_svd(bad, 1)
     with pytest.raises(ValueError, match="lanczos"):
         truncated_svd(w, 16, algorithm="lanczos")
+
+
+def test_null_directions_are_dropped():
+    """By the largest singular value, or by the size of what a matrix is a difference of; a zero matrix keeps none."""
+    eps = float(np.finfo(np.float32).eps)
+    w = np.zeros((6, 5), np.float32)
+    w[range(4), range(4)] = [1, 0.5, 100 * eps, 10 * eps]
+    svd = truncated_svd(w, 5)
+    kept = drop_null_directions(svd)
+    np.testing.assert_array_equal(kept.s, [1, 0.5, svd.s[2], 0, 0])
+    np.testing.assert_array_equal(np.any(kept.u != 0, axis=0), [True, True, True, False, False])
+    np.testing.assert_array_equal(kept.v[:, :3], svd.v[:, :3])
+    both = jax.tree.map(lambda x: jnp.stack([x, x]), svd)
+    kept = drop_null_directions(both, jnp.asarray([0.0, 2.0], jnp.float32))
+    np.testing.assert_array_equal(np.any(kept.v != 0, axis=1).sum(1), [3, 2])
+    assert not any(np.any(x) for x in drop_null_directions(truncated_svd(jnp.zeros((6, 5)), 5))[:3])

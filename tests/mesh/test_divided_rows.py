@@ -122,9 +122,13 @@ EVERY = [
 ]
 
 
+def name_test(name, shape, dtype, side):
+    return "-".join([name, "x".join(map(str, shape)), dtype, ("rows", "columns")[side]])
+
+
 @pytest.mark.parametrize(
     "name, shape, dtype, side",
-    [pytest.param(*each, marks=() if each in QUICK else slow) for each in EVERY],
+    [pytest.param(*each, marks=() if each in QUICK else slow, id=name_test(*each)) for each in EVERY],
 )
 def test_divided_is_one_device(name, shape, dtype, side):
     check_method(name, shape, dtype, side)
