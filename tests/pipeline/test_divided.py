@@ -178,7 +178,7 @@ def test_begun_divided_and_finished_whole(tmp_path, monkeypatch, begin, finish):
 
 @pytest.mark.parametrize("rows", [8192, 8195])
 def test_no_device_holds_the_whole(rows):
-    """What XLA sets aside on one device is within the estimate, and no array of even parts is as large as the matrix."""
+    """What XLA sets aside on a device is within the estimate; no array of even parts is as large as the matrix."""
     width, bfloat16 = 96, np.dtype(ml_dtypes.bfloat16)
     group = Group("matrices", "slerp", {}, (rows, width), (bfloat16,) * 2, bfloat16)
     mesh = Mesh(np.array(jax.devices()[:8]), (ROWS,))
