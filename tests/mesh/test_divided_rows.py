@@ -171,7 +171,8 @@ def test_large_matrices_are_never_whole(name, m, n):
     with jax.set_mesh(mesh):
         compiled = merge.lower(stack, given).compile()
     found = list_collectives(compiled.as_text())
-    assert max(size for operation, size in found if operation != "all-to-all") <= max(m, n) * models * rank
+    columns = max(models * rank, 2 * rank + 8)  # of the models together, or iterated for one
+    assert max(size for operation, size in found if operation != "all-to-all") <= max(m, n) * columns
     assert max([size for operation, size in found if operation == "all-to-all"], default=0) <= models * m * n / 8
     # Each model's part, its exchanged part and a copy of both, and vectors: less than one matrix.
     assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * 4 * m * n * (models + 1) / 4
