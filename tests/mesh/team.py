@@ -15,7 +15,7 @@ def free_port():
 
 @contextmanager
 def started(member, outs):
-    """`wait(seconds)` for processes that run `member PORT INDEX OUT`, one for each of `outs`; none outlives the test."""
+    """`wait(seconds)` for processes that run `member PORT INDEX OUT`, one for each of `outs`; none outlives it."""
     port = free_port()
     variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     variables["PYTHONPATH"] = str(member.parents[1])
