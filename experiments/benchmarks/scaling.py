@@ -8,6 +8,8 @@ what is measured is how evenly the work is dealt, what is read, what passes betw
 program), what dividing costs, and how far the planner's prediction is off. The models are random decoders, siblings.
 Workers start once, merge once to compile, then merge in turn, round by round; seconds are medians over rounds, ratios
 medians of the ratios within a round. Rates of the machine are measured in every round, beside the merges.
+OpenBLAS, which decompositions on processors call, has one thread in each process: where it has one for each core,
+devices and processes that share the cores wait for each other's (`--threads 2` shows it).
 """
 
 import argparse
@@ -108,8 +110,13 @@ def serve(arguments: argparse.Namespace) -> None:
 def serve_lines(arguments: argparse.Namespace, team: Any) -> None:
     from rgsp_jax.pipeline import MergeConfig, merge_checkpoints
 
+    kernels: dict[int, tuple[Callable[[], object], float]] = {}
     for number, line in enumerate(sys.stdin):
         order = json.loads(line)
+        if order["do"] == "rates":
+            kernel = kernels.setdefault(order["width"], kernels.get(order["width"]) or build_kernel(order["width"]))
+            answer(measure_rates(Path(order["place"]), *kernel))
+            continue
         if order["do"] == "collectives":
             answer(count_collectives(**order["settings"]))
             continue
@@ -131,12 +138,15 @@ def serve_lines(arguments: argparse.Namespace, team: Any) -> None:
 class Worker:
     """A process of this script that merges when it is told to."""
 
-    def __init__(self, devices: int, processes: int = 1, process: int = 0, port: int = 0, *, cache: Path) -> None:
+    def __init__(
+        self, devices: int, processes: int = 1, process: int = 0, port: int = 0, *, cache: Path, threads: int
+    ) -> None:
         own = ("--devices", devices, "--processes", processes, "--process", process, "--port", port)
         command = [sys.executable, "-m", "experiments.benchmarks.scaling", "--serve", *map(str, own)]
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
+            "OPENBLAS_NUM_THREADS": str(threads),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -180,11 +190,13 @@ class Setting:
     def name(self) -> str:
         return f"{self.devices} devices" if self.processes == 1 else f"{self.processes} processes"
 
-    def start(self, cache: Path) -> list[Worker]:
+    def start(self, cache: Path, threads: int) -> list[Worker]:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        return [Worker(self.devices, self.processes, i, port, cache=cache) for i in range(self.processes)]
+        return [
+            Worker(self.devices, self.processes, i, port, cache=cache, threads=threads) for i in range(self.processes)
+        ]
 
 
 SETTINGS = [Setting(devices, 1) for devices in DEVICES] + [Setting(1, count) for count in PROCESSES[1:]]
@@ -275,26 +287,13 @@ def build_kernel(width: int) -> tuple[Callable[[], object], float]:
     return lambda: jax.block_until_ready(kernel(stack)), plan_merge(config, [specs] * MODELS).flops
 
 
-class Rates:
-    """What this machine does, measured in every round."""
-
-    def __init__(self, place: Path, width: int) -> None:
-        self.place, self.seen = place, dict[str, list[float]]()
-        self.kernel, self.flops = build_kernel(width)
-
-    def measure(self, fixed: float) -> None:
-        """Take all rates, and the seconds of a merge of next to nothing."""
-        kind = measure_host()
-        write, read = measure_storage(self.place)
-        rate = best_rate(self.flops, self.kernel)
-        found = {"matmul": kind.matmul.value, "bandwidth": kind.bandwidth.value, "hash": kind.hash.value}
-        found |= {"read": read, "write": write, "share": rate / kind.matmul.value, "fixed": fixed}
-        for name, value in found.items():
-            self.seen.setdefault(name, []).append(value)
-
-    def kind(self) -> DeviceKind:
-        """The kind of device that this machine simulates."""
-        return replace_figures(measure_host(), {name: statistics.median(own) for name, own in self.seen.items()})
+def measure_rates(place: Path, kernel: Callable[[], object], flops: float, calls: int = 10) -> dict[str, float]:
+    """What this process does alone, as the planner counts it."""
+    kind = measure_host()
+    write, read = measure_storage(place)
+    rate = best_rate(calls * flops, lambda: [kernel() for _ in range(calls)], rounds=1)
+    found = {"matmul": kind.matmul.value, "bandwidth": kind.bandwidth.value, "hash": kind.hash.value}
+    return found | {"read": read, "write": write, "share": rate / kind.matmul.value}
 
 
 def replace_figures(kind: DeviceKind, values: dict[str, float]) -> DeviceKind:
@@ -330,20 +329,29 @@ def run(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
     """All settings and methods, round by round."""
     models = make_models(place / "models", arguments.layers, arguments.width)
     tiny = make_models(place / "tiny", 1, 8)
-    rates, teams = Rates(place, arguments.width), dict[Setting, list[Worker]]()
+    rates: dict[str, list[float]] = {}
+    firsts: dict[str, dict[str, float]] = {}
+    teams: dict[Setting, list[Worker]] = {}
     times: dict[tuple[str, Setting], list[dict[str, Any]]] = {(m, s): [] for m in METHODS for s in SETTINGS}
     try:
         for setting in SETTINGS:
-            teams[setting] = setting.start(place / "cache")
-            first = {method: merge_once(teams[setting], method, models, place)["wall"] for method in METHODS}
+            teams[setting] = setting.start(place / "cache", arguments.threads)
+            first = {method: round(merge_once(teams[setting], method, models, place)["wall"], 2) for method in METHODS}
             print(f"{setting.name}: first merges {first}", flush=True)
-        merge_once(teams[SETTINGS[0]], "average", tiny, place)
-        for number in range(arguments.rounds):
-            rates.measure(merge_once(teams[SETTINGS[0]], "average", tiny, place)["wall"])
+            firsts[setting.name] = first
+        (alone,) = teams[SETTINGS[0]]
+        order = {"do": "rates", "width": arguments.width, "place": str(place)}
+        for number in range(arguments.rounds + 1):
+            alone.ask(order)
+            found = alone.hear() | {"fixed": merge_once([alone], "average", tiny, place)["wall"]}
+            if not number:  # compiled
+                continue
+            for name, value in found.items():
+                rates.setdefault(name, []).append(value)
             for method in METHODS:
                 for setting in SETTINGS:
                     times[method, setting].append(merge_once(teams[setting], method, models, place))
-            print(f"round {number + 1} of {arguments.rounds}", flush=True)
+            print(f"round {number} of {arguments.rounds}", flush=True)
         largest = teams[SETTINGS[len(DEVICES) - 1]][0]
         collectives = {}
         for method in METHODS:
@@ -355,18 +363,24 @@ def run(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
             worker.leave()
         for worker in members:
             worker.end()
-    kind = rates.kind()
+    kind = replace_figures(measure_host(), {name: statistics.median(values) for name, values in rates.items()})
     rows = [describe(m, s, times, predict(s, m, models, kind)) for m in METHODS for s in SETTINGS]
     off = [row["predicted"]["seconds"] / row["wall"] for row in rows]
     return {
         "headline": f"Merges on 1 to 8 simulated devices and by 1 to 4 processes of one machine: the planner says"
         f" {min(off):.2f} to {max(off):.2f} times the seconds that were seen (median {statistics.median(off):.2f})",
         "command": f"python -m experiments.benchmarks.scaling --layers {arguments.layers} --width {arguments.width}"
-        f" --rounds {arguments.rounds}",
-        "settings": {"layers": arguments.layers, "width": arguments.width, "rounds": arguments.rounds},
+        f" --rounds {arguments.rounds} --threads {arguments.threads}",
+        "settings": {
+            "layers": arguments.layers,
+            "width": arguments.width,
+            "rounds": arguments.rounds,
+            "threads": arguments.threads,
+        },
         "machine": describe_machine(os.cpu_count() or 1) | {"load": os.getloadavg()[0]},
-        "rates": {name: statistics.median(values) for name, values in rates.seen.items()},
-        "rates_of_rounds": rates.seen,
+        "rates": {name: statistics.median(values) for name, values in rates.items()},
+        "rates_of_rounds": rates,
+        "first_merges": firsts,
         "collectives": collectives,
         "rows": rows,
     }
@@ -412,7 +426,8 @@ def write_markdown(record: dict[str, Any]) -> str:
         f" {machine['load']:.1f} at the end (others worked there too), JAX {machine['jax']}. **No speed-up is to be"
         " expected** from simulated devices, and none is claimed; ratios above 1 are what dividing costs here. Models:"
         f" {MODELS} decoders of {settings['layers']} layers of width {settings['width']}, float32;"
-        f" {settings['rounds']} rounds, merges compiled before.",
+        f" {settings['rounds']} rounds, merges compiled before; OpenBLAS with {settings['threads']} thread(s)"
+        " in each process (OPENBLAS_NUM_THREADS).",
         "",
         f"    {record['command']}",
         "",
@@ -449,6 +464,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1, help="of OpenBLAS in each process")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file written, .md beside it")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     for name in ("--devices", "--processes", "--process", "--port"):

@@ -256,7 +256,7 @@ def describe(kind: DeviceKind, layout: Layout, members: Sequence[Work]) -> dict[
         "bottleneck": max(slowest.stages, key=slowest.stages.__getitem__),
         "memory_per_process": max(work.memory for work in members),
         "memory_per_device": max(work.device_memory for work in members),
-        "padding_share": round(1 - busy / computing, 4) if computing else 0.0,
+        "padding_share": round(max(0.0, 1 - busy / computing), 4) if computing else 0.0,
         "idle_share": round(1 - busy / (seconds * layout.processes), 4) if seconds else 0.0,
         "imbalance": round(imbalance([work.total for work in members]), 4),
         "divided": sorted({name for work in members for name in work.divided}),
