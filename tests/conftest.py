@@ -3,8 +3,12 @@
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+
+# Scripts are not installed; at the end of the path, so that the tests are of the installed package.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # One cache for all workers of a run, gone after it: the same kernel is compiled once, not once per worker.
 OWN_CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="rgsp-tests-")

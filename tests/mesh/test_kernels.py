@@ -38,6 +38,8 @@ ELSEWHERE = {
     "learn": "of whole models: tests/learning",
     "list_learnable": "of settings",
     "make_step": "of whole models: tests/learning",
+    "place_family": "places whole models: tests/learning",
+    "place_rows": "places arrays: tests/learning",
     "prepare_family": "of whole models: tests/learning",
     "start_coefficients": "of whole models: tests/learning",
     "start_learning": "of whole models: tests/learning",
