@@ -49,7 +49,7 @@ MAXIMUM_LENGTH = 48
 BUCKET = 8
 """Sequences are padded to a multiple of this many tokens: few shapes to compile, little padding to compute."""
 BATCH = 50
-METHODS = ("average", "slerp", "rgsp_seed", "rgsp", "relative", "relative:scale=2")
+METHODS = ("average", "slerp", "rgsp_seed", "rgsp", "relative", "relative_weighted", "relative_weighted:directions=2")
 
 SYMMETRIC_BY_DEFAULT = ("slerp",)
 """Methods whose order counts, but not at the hyperparameters they have by default: half-way is half-way from both."""

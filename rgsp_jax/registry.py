@@ -95,7 +95,7 @@ TABLE = (
     Method(
         "relative",
         relative,
-        "Base-free fusion of K models: decorrelated low-rank departures from their mean.",
+        "Base-free fusion of K models: decorrelated departures from the ancestor that they suggest.",
         order_invariant=True,
         scale_equivariant=True,
         rotation_equivariant=True,
@@ -104,7 +104,7 @@ TABLE = (
     Method(
         "relative_weighted",
         relative_weighted,
-        "The family of `relative` with a coefficient per model or direction: what learned settings are written as.",
+        "Decorrelated departures from the mean, with a coefficient per model or direction: what is learned.",
         scale_equivariant=True,
         rotation_equivariant=True,
         stages=WEIGHTED_STAGES,

@@ -15,7 +15,58 @@ def polar(x):
     return u @ vt
 
 
-def relative(stack, rank, scale="auto"):
+def orthonormal(x):
+    """Basis of the columns' span."""
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    return u[:, s > 1e-9 * max(s[0], 1e-300)]
+
+
+def apply_symmetric(function, h):
+    values, q = np.linalg.eigh(h)
+    return (q * function(values)) @ q.T
+
+
+def sylvester(a, b, right):
+    """x of `a x + x b = right`, by the Kronecker product."""
+    system = np.kron(a, np.eye(len(b))) + np.kron(np.eye(len(a)), b.T)
+    return np.linalg.solve(system, right.ravel()).reshape(right.shape)
+
+
+def nuclear_median(cores, steps=5, floor=1e-2):
+    """argmin_C sum_k |c_k - C|_* by reweighted least squares."""
+    size = np.sqrt(np.mean([np.sum(c**2) for c in cores]))
+    cores = cores / size
+    median, e = cores.mean(0), floor / min(cores.shape[1:])
+    root = lambda h: apply_symmetric(lambda x: x**-0.5, h + e * np.eye(len(h)))  # noqa: E731
+    for _ in range(steps):
+        left = [root((c - median) @ (c - median).T) for c in cores]
+        right = [root((c - median).T @ (c - median)) for c in cores]
+        pulled = sum(w @ c + c @ v for w, v, c in zip(left, right, cores, strict=True))
+        median = sylvester(sum(left), sum(right), pulled)
+    return median * size
+
+
+def relative(stack, rank, scale=1.5):
+    """`relative` by full SVDs and dense systems (three or more models that differ)."""
+    stack = np.asarray(stack, np.float64)
+    count, m, n = stack.shape
+    rank = min(rank, max(min(m, n) // count, 1))
+    mean = stack.mean(0)
+    if count == 2 or not np.any(stack - mean):
+        return mean
+    sides = [np.linalg.svd(d, full_matrices=False) for d in stack - mean]
+    left = orthonormal(np.concatenate([u[:, :rank] * (s[:rank] > 1e-9 * s[0]) for u, s, _ in sides], axis=1))
+    right = orthonormal(np.concatenate([vt[:rank].T * (s[:rank] > 1e-9 * s[0]) for _, s, vt in sides], axis=1))
+    cores = np.stack([left.T @ d @ right for d in stack - mean])
+    ancestor = nuclear_median(cores)
+    sides = [np.linalg.svd(c - ancestor, full_matrices=False) for c in cores]
+    u = polar(np.concatenate([u[:, :rank] for u, _, _ in sides], axis=1))
+    v = polar(np.concatenate([vt[:rank].T for _, _, vt in sides], axis=1))
+    s = np.concatenate([s[:rank] for _, s, _ in sides])
+    return mean + left @ (ancestor + scale * (u * s) @ v.T) @ right.T
+
+
+def relative_weighted(stack, rank, scale="auto"):
     stack = np.asarray(stack, np.float64)
     mean = stack.mean(0)
     if scale == "auto":

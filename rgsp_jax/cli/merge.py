@@ -102,7 +102,7 @@ def read_devices(count: int | None, memory: str | None) -> Devices:
 @click.option("--key-map", help="YAML: rename (regex: template), keep, drop; for models with other tensor names.")
 @click.option("--covariances", multiple=True, help="Of `rgsp covariances`, for methods that need them.")
 @click.option("--rank", help="Singular directions kept: an integer, or a fraction of min(m, n).")
-@click.option("--scale", help='Of the task vectors: a number, or "auto".')
+@click.option("--scale", help="Of the task vectors: a number.")
 @click.option("--beta", help="Decay of TOS with the transport cost.")
 @click.option("--epsilon", help="Entropy of the Gromov-Wasserstein plan.")
 @click.option("--set", multiple=True, metavar="NAME=VALUE", help="Any other hyperparameter of the method.")

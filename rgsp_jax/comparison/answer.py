@@ -15,7 +15,6 @@ from rgsp_jax.comparison.verdict import (
     find_far,
     judge_pair,
     pool_rho,
-    scale_at,
 )
 from rgsp_jax.pipeline.report import format_percent, join_words
 
@@ -201,10 +200,7 @@ def advise_family(
             " beat."
         )
     else:
-        yield (
-            f"Merge {names} with `--method relative`, the default from three models on; at rho {largest:.2g} its"
-            f" automatic scale is {scale_at(largest):.2g}."
-        )
+        yield (f"Merge {names} with `--method relative`, the default from three models on.")
     if largest > MEASURED_RHO[1]:
         yield (
             f"{names} are farther apart than the models this was measured on (rho up to {MEASURED_RHO[1]:g}): score the"

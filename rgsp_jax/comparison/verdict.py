@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from rgsp_jax.comparison.measure import PairMeasures, TensorMeasures, divide
-from rgsp_jax.rgsp.relative import automatic_scale
 
 Relation = Literal["same", "rounded", "siblings", "permuted", "unrelated", "architectures", "unknown"]
 Level = Literal["good", "check", "serious"]
@@ -41,7 +39,7 @@ SHORT_WORDS: Mapping[str, str] = {
     "unknown": "too small to tell",
 }
 MEASURED_RHO = (0.0075, 0.161)
-"""Between these, `relative`'s automatic scale was chosen by measurement (SPEC.md section 3)."""
+"""Between these, `relative` was measured."""
 TESTED = ("shared", "permuted", "unlike")
 FAR_FACTOR = 2
 """An odd one out among siblings is more than this many times as far from its nearest as the others are apart."""
@@ -229,8 +227,3 @@ def pool_rho(tensors: Sequence[TensorMeasures], count: int) -> float | None:
         return None
     departures = np.sqrt(sum(t.sums["departures"] for t in chosen))
     return divide(float(np.mean(departures)), float(np.sqrt(sum(t.sums["mean"] for t in chosen))))
-
-
-def scale_at(rho: float) -> float:
-    """`relative`'s automatic scale."""
-    return float(automatic_scale(jnp.asarray(rho, jnp.float32)))

@@ -256,7 +256,7 @@ def start_coefficients(
 ) -> Coefficients:
     """Coefficients at which the family's member is the method with the settings it was prepared with.
 
-    Of `relative_weighted` that is `relative` (of two models: their mean).
+    Of `relative_weighted` that is one coefficient for all, by how far the models moved (of two models: their mean).
 
     Args:
         family: of the models.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rgsp_jax.method import MASKED, PER_MODEL, SQUARES, Method
-from rgsp_jax.rgsp import automatic_scale
+from rgsp_jax.rgsp import distance_scale
 
 SMALLEST = 1e-3
 """Where learning starts what may be zero and is: a logarithm of zero goes nowhere."""
@@ -59,9 +59,8 @@ def find_start(method: Method, name: str, given: Mapping[str, Any], parts: Any, 
     if name in SQUARES:
         rank = parts.left.shape[-1]
         return jnp.eye(rank, dtype=dtype) if value is None else jnp.asarray(value, dtype)
-    if name == "directions" and name not in given:  # where the family's member is `relative`
-        scale = automatic_scale(parts.rho).mean() if models > 2 else 0.0
-        return jnp.full(models, scale, dtype)
+    if name == "directions" and value is None:
+        return jnp.full(models, distance_scale(parts.rho, models).mean(), dtype)
     if name == "coefficients" and value is None:  # every method's null: where it divides by their sum, that is uniform
         return jnp.ones(models, dtype)
     if isinstance(value, str) or value is None:

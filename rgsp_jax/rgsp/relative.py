@@ -1,21 +1,78 @@
-"""`relative`: base-free fusion of K models (SPEC.md section 3)."""
+"""`relative`: base-free fusion of K models by decorrelated departures from the ancestor that they suggest."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax, vmap
 from jaxtyping import Array, Float
 
-from rgsp_jax.linalg import drop_null_directions, polar_factor
+from rgsp_jax.batching import map_batch
+from rgsp_jax.linalg import drop_null_directions, inverse_square_root, polar_factor, resolve_rank, solve_sylvester
 from rgsp_jax.linalg.mean import stack_mean
 from rgsp_jax.method import ActiveRank, Hyperparameter, Rank, Stages
 from rgsp_jax.rgsp.alignment import PRECISION, decompose, unstack
 from rgsp_jax.rgsp.stats import mask_svd, svd_stats
 from rgsp_jax.types import MergeOutput, TruncatedSVD
 
-Scale = Annotated[
-    Any,
-    Hyperparameter('of the decorrelated task vectors; "auto" is 2 / (1 + 20 rho)', low=0, choices=("auto",)),
-]
+REWEIGHTINGS = 5
+"""Steps of the median."""
+FLOOR = 1e-2
+"""Of squared singular values in the median's weights, in units of their mean over models and directions."""
+
+Scale = Annotated[Any, Hyperparameter("of the departure from the ancestor; 1 is as far as each model went", low=0)]
+
+
+def relative(
+    stack: Float[Array, "k m n"],
+    rank: Rank = 32,
+    active_rank: ActiveRank = None,
+    scale: Scale = 1.5,
+) -> MergeOutput:
+    """Base-free K-way merge: `W* = ancestor + scale U diag(S) V^T`, the ancestor estimated from the models.
+
+    With `D_k = theta_k - mean` and Y_u, Y_v orthonormal bases of all models' r leading left and right singular vectors
+    of D_k, everything happens to the cores `c_k = Y_u^T D_k Y_v`:
+
+    1. the ancestor's core is their median in the nuclear norm, `argmin_C sum_k |c_k - C|_*`: a direction in which few
+       models moved is theirs, while a mean charges it to all;
+    2. the r leading directions of every departure `c_k - C` are decorrelated: U and V are the polar factors of all
+       models' vectors side by side, S their singular values.
+
+    `W* = mean + Y_u (C + scale U diag(S) V^T) Y_v^T`. Equal copies return the copy. Two models give their mean:
+    `D_2 = -D_1`, and nothing in the weights tells which of them moved.
+
+    Args:
+        stack: K >= 2 models [K, m, n].
+        rank: directions kept of each model, at most min(m, n) / K; a fraction is of min(m, n).
+        active_rank: run-time rank; the result equals that at this rank.
+        scale: a number.
+
+    Gargiulo et al., Task Singular Vectors (CVPR 2025), for the decorrelation, there about a given base.
+    """
+    parts = prepare_relative(stack, rank, active_rank)
+    return build_relative(stack, parts, solve_relative(parts, active_rank), active_rank, scale)
+
+
+class RelativeParts(NamedTuple):
+    """The models of one matrix about their mean, seen from the directions that any of them has."""
+
+    svds: TruncatedSVD
+    """Of every relative task vector `theta_k - mean`, on a leading axis [k]."""
+    left: Float[Array, "m q"]
+    """Y_u, an isometry on its row space; q is the smaller of K r and m."""
+    right: Float[Array, "n p"]
+    """Y_v, likewise."""
+    cores: Float[Array, "k q p"]
+    """`Y_u^T (theta_k - mean) Y_v`."""
+    rho: Float[Array, ""]
+
+
+class RelativeSolution(NamedTuple):
+    """The ancestor and the departure from it, in the coordinates of the cores."""
+
+    ancestor: Float[Array, "q p"]
+    departure: Float[Array, "q p"]
 
 
 def frobenius_norm(x: Float[Array, "... m n"]) -> Float[Array, "..."]:
@@ -30,173 +87,141 @@ def relative_distance(stack: Float[Array, "k m n"], mean: Float[Array, "m n"]) -
     return jnp.mean(frobenius_norm(stack - mean[None])) / jnp.where(size > 0, size, 1.0)
 
 
-def automatic_scale(rho: Float[Array, ""]) -> Float[Array, ""]:
-    """`2 / (1 + 20 rho)` (SPEC.md section 3)."""
-    return 2 / (1 + 20 * rho)
-
-
-def relative(
-    stack: Float[Array, "k m n"],
-    rank: Rank = 0.05,
-    active_rank: ActiveRank = None,
-    scale: Scale = "auto",
-) -> MergeOutput:
-    """Base-free K-way merge: `W* = mean + scale * U diag(S) V^T` (SPEC.md section 3).
-
-    U and V are the polar factors of the stacked leading singular vectors of the relative task vectors
-    `theta_i - mean`, S their stacked singular values. Directions the experts share beyond rounding are counted once
-    (the polar factor is a partial isometry), so that equal copies return the copy. Two models give their mean:
-    `theta_2 - mean = -(theta_1 - mean)`.
-
-    Args:
-        stack: K >= 2 models [K, m, n].
-        rank: directions kept of each relative task vector; a fraction is of min(m, n).
-        active_rank: run-time rank; the result equals that at this rank.
-        scale: a number, or "auto": `2 / (1 + 20 rho)` with rho the mean of |theta_i - mean| / |mean|.
-    """
-    parts = prepare_relative(stack, rank, active_rank)
-    return build_relative(stack, parts, decorrelate(parts, active_rank), active_rank, scale)
-
-
-class RelativeSvds(NamedTuple):
-    """Truncated SVDs of the relative task vectors `theta_k - mean` of one matrix, r directions a model."""
-
-    svds: TruncatedSVD
-    """Of every model, on a leading axis [k]."""
-    rho: Float[Array, ""]
-
-
-class RelativeParts(NamedTuple):
-    """What the family `mean + sum_k a_k tau_k + b_k rest_k` is made of, for one matrix and r directions a model."""
-
-    u: Float[Array, "k m r"]
-    """Decorrelated left directions of every model, times their singular values."""
-    v: Float[Array, "k n r"]
-    """Decorrelated right directions: `tau_k = u_k v_k^T`."""
-    own_u: Float[Array, "k m r"]
-    """Left singular vectors of every relative task vector, times their singular values."""
-    own_v: Float[Array, "k n r"]
-    """Right singular vectors: `rest_k = theta_k - mean - own_u_k own_v_k^T`."""
-    rho: Float[Array, ""]
-
-
 def prepare_relative(
-    stack: Float[Array, "k m n"], rank: int | float = 0.05, active_rank: Array | int | None = None
-) -> RelativeSvds:
-    """What every member of the family takes, whatever its rank up to this one and its scale."""
+    stack: Float[Array, "k m n"], rank: int | float = 32, active_rank: Array | int | None = None
+) -> RelativeParts:
+    """Decompositions, bases and cores at this rank, from which any smaller one follows."""
+    count, m, n = stack.shape
     mean = stack_mean(stack)
-    return RelativeSvds(decompose(stack - mean[None], rank, active_rank), relative_distance(stack, mean))
+    departures = stack - mean[None]
+    svds = decompose(departures, min(resolve_rank(rank, m, n), max(min(m, n) // count, 1)), active_rank)
+    left, right = join_sides(unstack(svds))
+    return RelativeParts(svds, left, right, project(left, departures, right), relative_distance(stack, mean))
 
 
-def decorrelate(parts: RelativeSvds, active_rank: Array | int | None = None) -> RelativeParts:
-    """Polar factors of all models' directions side by side; every scale is then a few products away (`compose`)."""
-    count = parts.svds.s.shape[0]
-    svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
+def join_sides(svds: Sequence[TruncatedSVD]) -> tuple[Float[Array, "m q"], Float[Array, "n p"]]:
+    """Orthonormal coordinates of all left and of all right singular vectors."""
     there = [drop_null_directions(d) for d in svds]
-    u = polar_factor(jnp.concatenate([d.u for d in there], axis=1))
-    v = polar_factor(jnp.concatenate([d.v for d in there], axis=1))
-    s = jnp.stack([d.s for d in svds])
-    left, right = (jnp.moveaxis(x.reshape(x.shape[0], count, -1), 1, 0) for x in (u, v))
-    own_u, own_v = jnp.stack([d.u for d in svds]) * s[:, None, :], jnp.stack([d.v for d in svds])
-    return RelativeParts(left * s[:, None, :], right, own_u, own_v, parts.rho)
+    return join_basis([d.u for d in there]), join_basis([d.v for d in there])
 
 
-def relative_parts(stack: Float[Array, "k m n"], rank: int | float = 0.05) -> RelativeParts:
-    """Decompose and decorrelate K models."""
-    return decorrelate(prepare_relative(stack, rank))
+def join_basis(vectors: Sequence[Float[Array, "m r"]]) -> Float[Array, "m q"]:
+    """Orthonormal coordinates of the span of all columns, as a partial isometry of at most m columns."""
+    factor = polar_factor(jnp.concatenate(vectors, axis=1))
+    return factor if factor.shape[1] <= factor.shape[0] else multiply(factor, factor.T)
 
 
-def relative_stats(parts: RelativeSvds, active_rank: Array | int | None) -> dict[str, Array]:
-    """What the report says of one matrix."""
+def solve_relative(parts: RelativeParts, active_rank: Array | int | None = None) -> RelativeSolution:
+    """The ancestor and the departure, from the cores alone."""
+    count, rank = parts.svds.s.shape
+    if count == 2:  # see build_relative
+        return RelativeSolution(jnp.zeros_like(parts.cores[0]), jnp.zeros_like(parts.cores[0]))
+    if active_rank is None:
+        return solve_cores(parts.cores, count_directions(parts.left, parts.right), rank)
     svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
-    return svd_stats(svds, active_rank) | {"rho": parts.rho}
+    inside = [d._replace(u=multiply(parts.left.T, d.u), v=multiply(parts.right.T, d.v)) for d in svds]
+    left, right = join_sides(inside)
+    found = solve_cores(project(left, parts.cores, right), count_directions(left, right), rank, active_rank)
+    ancestor, departure = (multiply(multiply(left, x), right.T) for x in found)
+    return RelativeSolution(ancestor, departure)
 
 
-def build_relative(
-    stack: Float[Array, "k m n"],
-    parts: RelativeSvds,
-    solution: RelativeParts,
+def count_directions(left: Float[Array, "m q"], right: Float[Array, "n p"]) -> Float[Array, ""]:
+    """The smaller dimension of the spans of two partial isometries' columns, at least 1."""
+    sizes = [jnp.round(lax.stop_gradient(jnp.sum(basis**2))) for basis in (left, right)]
+    return jnp.maximum(jnp.minimum(*sizes), 1)
+
+
+def solve_cores(
+    cores: Float[Array, "k q p"],
+    directions: Float[Array, ""] | float,
+    rank: int,
     active_rank: Array | int | None = None,
-    scale: Array | float | str = "auto",
-) -> MergeOutput:
-    """The member with one coefficient for all directions, see `relative`."""
-    factor = automatic_scale(parts.rho) if isinstance(scale, str) else jnp.asarray(scale, stack.dtype)
-    stats = relative_stats(parts, active_rank) | {"scale": factor}
-    if stack.shape[0] == 2:  # the two task vectors cancel exactly; no rounding of theirs may leak in
-        return MergeOutput(stack_mean(stack), stats)
-    return MergeOutput(compose(solution, stack, factor), stats)
-
-
-def compose(
-    parts: RelativeParts, stack: Float[Array, "k m n"], directions: Array | float, rest: Array | float | None = None
-) -> Float[Array, "m n"]:
-    """`W* = mean + sum_k (sum_j a_kj u_kj v_kj^T + b_k rest_k)`, linear in a and b.
+) -> RelativeSolution:
+    """Steps 1 and 2 of `relative`.
 
     Args:
-        parts: of `stack`.
-        stack: the K models [K, m, n].
-        directions: a, a number, [K] or [K, r].
-        rest: b, a number or [K]; None leaves the rest out.
+        cores: of every model; those of models that are all equal are zero.
+        directions: dimension of the smaller span (a core's other rows and columns are zero).
+        rank: directions kept of every departure.
     """
-    count, _, rank = parts.u.shape
-    mean = stack_mean(stack)
-    a = jnp.asarray(directions, mean.dtype)
-    a = jnp.broadcast_to(a[:, None] if a.ndim == 1 else a, (count, rank))
-    merged = mean + join_directions(parts.u * a[:, None, :], parts.v)
-    if rest is None:
-        return merged
-    b = jnp.broadcast_to(jnp.asarray(rest, mean.dtype), (count,))
-    whole = jnp.tensordot(b, stack - mean[None], axes=1)
-    return merged + whole - join_directions(parts.own_u * b[:, None, None], parts.own_v)
+    size = jnp.sqrt(jnp.mean(frobenius_norm(cores) ** 2) + jnp.finfo(cores.dtype).tiny)
+    ancestor = nuclear_median(cores / size, directions) * size
+    svds = decompose(cores - ancestor[None], min(rank, *cores.shape[1:]), active_rank)
+    return RelativeSolution(ancestor, join_directions(*decorrelate_directions(svds)))
+
+
+def nuclear_median(cores: Float[Array, "k q p"], directions: Float[Array, ""] | float) -> Float[Array, "q p"]:
+    """`argmin_C sum_k |c_k - C|_*` of cores of mean square norm 1, by iteratively reweighted least squares.
+
+    With the nuclear norm `|d|_* = tr (d d^T)^(-1/2) d d^T`, each step minimises
+    `sum_k tr W_k d d^T + tr V_k d^T d` at the weights `W_k = (d d^T + e)^(-1/2)`, `V_k = (d^T d + e)^(-1/2)` of the
+    step before.
+
+    Mohan & Fazel, Iterative reweighted algorithms for matrix rank minimization, JMLR 13 (2012), for the weights.
+    """
+    floor = FLOOR / directions
+
+    def weigh(d: Float[Array, "q p"]) -> Float[Array, "q q"]:
+        return inverse_square_root(multiply(d, d.T) + floor * jnp.eye(d.shape[0], dtype=d.dtype))
+
+    def reweigh(median: Float[Array, "q p"], _: None) -> tuple[Float[Array, "q p"], None]:
+        rest = cores - median[None]
+        left = map_batch(weigh, rest)
+        rest, left = lax.optimization_barrier((rest, left))  # see solve_sylvester
+        right = map_batch(lambda d: weigh(d.T), rest)
+        pulled = vmap(multiply)(left, cores) + vmap(multiply)(cores, right)
+        return solve_sylvester(left.sum(0), right.sum(0), pulled.sum(0)), None
+
+    return lax.scan(reweigh, cores.mean(0), length=REWEIGHTINGS)[0]
+
+
+def decorrelate_directions(svds: TruncatedSVD) -> tuple[Float[Array, "k m r"], Float[Array, "k n r"]]:
+    """Polar factors of all models' vectors side by side, model by model, the left ones times their singular values.
+
+    Directions that models share beyond rounding are counted once: the factors are partial isometries.
+    """
+    there = drop_null_directions(svds)
+    u, v = (polar_factor(jnp.concatenate(list(x), axis=1)) for x in (there.u, there.v))
+    left, right = (jnp.moveaxis(x.reshape(x.shape[0], len(svds.s), -1), 1, 0) for x in (u, v))
+    return left * svds.s[:, None, :], right
 
 
 def join_directions(u: Float[Array, "k m r"], v: Float[Array, "k n r"]) -> Float[Array, "m n"]:
     """`sum_k u_k v_k^T` as one product."""
     left, right = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1) for x in (u, v))
-    return jnp.matmul(left, right.T, precision=PRECISION)
+    return multiply(left, right.T)
 
 
-Directions = Annotated[
-    Any, Hyperparameter("coefficients of the leading directions: one, one per model, or one per model and direction")
-]
-Rest = Annotated[Any, Hyperparameter("coefficients of what the directions leave: one, or one per model")]
-
-
-def relative_weighted(
+def build_relative(
     stack: Float[Array, "k m n"],
-    rank: Rank = 0.05,
-    active_rank: ActiveRank = None,
-    directions: Directions = 1.0,
-    rest: Rest = 0.0,
-) -> MergeOutput:
-    """The family that learning chooses from: `W* = mean + sum_k a_k tau_k + b_k rest_k` (SPEC.md sections 2 and 3).
-
-    `tau_k` is model k's part of `relative`, decorrelated from the other models'; `rest_k` is what its leading
-    directions leave of `theta_k - mean`. With one number for `directions` and no `rest` this is `relative` of three or
-    more models.
-
-    Args:
-        stack: K >= 2 models [K, m, n].
-        rank: directions kept of each relative task vector; a fraction is of min(m, n).
-        active_rank: run-time rank; the result equals that at this rank.
-        directions: a number, [K], or [K, rank].
-        rest: a number or [K].
-    """
-    parts = prepare_relative(stack, rank, active_rank)
-    return build_weighted(stack, parts, decorrelate(parts, active_rank), active_rank, directions, rest)
-
-
-def build_weighted(
-    stack: Float[Array, "k m n"],
-    parts: RelativeSvds,
-    solution: RelativeParts,
+    parts: RelativeParts,
+    solution: RelativeSolution,
     active_rank: Array | int | None = None,
-    directions: Array | float = 1.0,
-    rest: Array | float = 0.0,
+    scale: Array | float = 1.5,
 ) -> MergeOutput:
-    """The member with these coefficients, see `relative_weighted`."""
-    return MergeOutput(compose(solution, stack, directions, rest), relative_stats(parts, active_rank))
+    """Back from the cores, see `relative`."""
+    if active_rank is not None:
+        active_rank = jnp.minimum(active_rank, parts.svds.s.shape[-1])
+    svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
+    stats = svd_stats(svds, active_rank) | {"rho": parts.rho}
+    mean = stack_mean(stack)
+    if stack.shape[0] == 2:  # the two task vectors cancel exactly; no rounding of theirs may leak in
+        return MergeOutput(mean, stats)
+    core = solution.ancestor + jnp.asarray(scale, stack.dtype) * solution.departure
+    return MergeOutput(mean + multiply(multiply(parts.left, core), parts.right.T), stats)
 
 
-RELATIVE_STAGES = Stages(prepare_relative, decorrelate, build_relative)
-WEIGHTED_STAGES = Stages(prepare_relative, decorrelate, build_weighted)
+def project(
+    left: Float[Array, "m q"], stack: Float[Array, "k m n"], right: Float[Array, "n p"]
+) -> Float[Array, "k q p"]:
+    """`left^T x right` of every x."""
+    return jnp.stack([multiply(multiply(left.T, x), right) for x in stack])
+
+
+def multiply(a: Float[Array, "m n"], b: Float[Array, "n p"]) -> Float[Array, "m p"]:
+    """The product at full precision on every platform."""
+    return jnp.matmul(a, b, precision=PRECISION)
+
+
+RELATIVE_STAGES = Stages(prepare_relative, solve_relative, build_relative)

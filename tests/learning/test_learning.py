@@ -8,7 +8,7 @@ import pytest
 
 from references import directional_derivative
 from rgsp_jax import learning, merge
-from rgsp_jax.rgsp.relative import relative_parts
+from rgsp_jax.rgsp.weighted import weighted_parts
 from rgsp_jax.types import InputStatistics
 
 RANK = 3
@@ -47,7 +47,7 @@ def test_the_start_is_relative_and_of_two_models_their_mean():
     family = learning.prepare_family(trees, rank=RANK)
     for coefficients in ({}, learning.start_coefficients(family), learning.start_coefficients(family, "direction")):
         composed = learning.compose_tree(family, coefficients)
-        assert_trees_close(composed, merge(trees, "relative", rank=RANK)[0], 1e-12)
+        assert_trees_close(composed, merge(trees, "relative_weighted", rank=RANK)[0], 1e-12)
     pair = learning.prepare_family(trees[:2], rank=RANK)
     composed = learning.compose_tree(pair, learning.start_coefficients(pair))
     assert_trees_close(composed, merge(trees[:2], "average")[0], 1e-12)
@@ -137,7 +137,7 @@ def test_gradients_in_every_coefficient_and_through_the_decomposition():
     stack = jnp.stack([tree["dense"]["kernel"] for tree in trees])
 
     def of_weights(stack):
-        parts = relative_parts(stack, RANK)
+        parts = weighted_parts(stack, RANK)
         return jnp.sum(jnp.sin(parts.u @ jnp.swapaxes(parts.v, 1, 2)))
 
     direction = jnp.asarray(rng.normal(size=stack.shape))

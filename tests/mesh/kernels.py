@@ -20,8 +20,10 @@ from rgsp_jax import methods
 from rgsp_jax.linalg import (
     cholesky_qr,
     drop_null_directions,
+    inverse_square_root,
     polar_factor,
     principal_angles,
+    solve_sylvester,
     subspace_overlap,
     truncated_svd,
 )
@@ -91,12 +93,22 @@ def pair_in_steps(stack):
     return trace, literal.lam, followed.lam, rgsp.relative_task_vector(parts, trace, "two_sided")
 
 
+def solve_spectral(x):
+    left, right = (jnp.matmul(y, y.T) + jnp.eye(len(y), dtype=y.dtype) for y in (x, x.T))
+    return inverse_square_root(left), solve_sylvester(left, right, x)
+
+
 def relative_in_steps(stack):
-    parts = rgsp.relative_parts(stack, R)
-    prepared = rgsp.prepare_relative(stack, R)
+    parts = rgsp.weighted_parts(stack, R)
+    prepared = rgsp.prepare_weighted(stack, R)
+    found = rgsp.solve_relative(rgsp.prepare_relative(stack, R))
+    median = rgsp.nuclear_median(stack, R)
+    solved = rgsp.solve_cores(stack, R, R)
     composed = rgsp.compose(rgsp.decorrelate(prepared), stack, jnp.ones(stack.shape[0], stack.dtype), 0.5)
     rho = rgsp.relative_distance(stack, stack[0])
-    return rgsp.compose(parts, stack, 0.7), composed, rgsp.automatic_scale(rho), rgsp.decompose(stack, R, None).s
+    scale = rgsp.distance_scale(rho, len(stack))
+    steps = found.departure, median, solved.departure
+    return rgsp.compose(parts, stack, 0.7), composed, scale, rgsp.decompose(stack, R, None).s, *steps
 
 
 def graft_by_covariance(a, b, rows, more):
@@ -175,6 +187,7 @@ KERNELS = {
     },
     "polar_factor": Kernel(polar_factor, matrices((M, N)), frozenset({"polar_factor"})),
     "cholesky_qr": Kernel(cholesky_qr, matrices((M, N)), frozenset({"cholesky_qr"})),
+    "spectral": Kernel(solve_spectral, matrices((M, N)), frozenset({"inverse_square_root", "solve_sylvester"})),
     "bases": Kernel(
         compare_bases, orthonormal, frozenset({"principal_angles", "subspace_overlap", "subspace_movement"})
     ),
@@ -219,8 +232,9 @@ KERNELS = {
         lambda seed: (make_models(3, M, N, seed)[0],),
         frozenset(
             {
-                *("relative_parts", "prepare_relative", "decorrelate", "compose", "relative_distance"),
-                *("automatic_scale", "decompose"),
+                *("weighted_parts", "prepare_weighted", "decorrelate", "compose", "relative_distance"),
+                *("distance_scale", "decompose", "prepare_relative", "solve_relative", "nuclear_median"),
+                *("solve_cores", "decorrelate_directions"),
             }
         ),
     ),

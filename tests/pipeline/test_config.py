@@ -162,7 +162,7 @@ def test_bad_overrides_are_named(override, expected):
         ("rgsp", 2, {"symmetric": 1}, "symmetric of method 'rgsp' must be true or false"),
         ("rgsp", 2, {"epsilon": 0}, "epsilon of method 'rgsp' must be a number more than 0"),
         ("rgsp", 2, {"w_q": [[1, 0], [1]]}, "w_q must be a square list of lists of numbers"),
-        ("relative", 3, {"scale": "big"}, "scale of method 'relative' must be a number at least 0 or 'auto'"),
+        ("relative", 3, {"scale": "big"}, "scale of method 'relative' must be a number at least 0"),
     ],
 )
 def test_impossible_hyperparameters_are_named(method, count, fields, expected):

@@ -72,10 +72,10 @@ def test_rgsp_with_every_keyword_literal_is_rgsp_seed(name):
     assert_close(literal.merged, methods["rgsp_seed"](stack, rank=golden["rank"]).merged, 1e-13, "merged")
 
 
-@pytest.mark.parametrize(("scale", "field"), [(2.0, "merged"), ("auto", "merged_auto")])
-def test_relative(scale, field):
+@pytest.mark.parametrize(("scale", "field"), [(2.0, "merged"), (None, "merged_auto")])
+def test_relative_weighted(scale, field):
     golden = GOLDEN["relative"]
-    output = methods["relative"](jnp.asarray(golden["stack"]), rank=golden["rank"], scale=scale)
+    output = methods["relative_weighted"](jnp.asarray(golden["stack"]), rank=golden["rank"], directions=scale)
     assert_close(output.merged, np.asarray(golden[field]), TIGHT, field)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import references
 from pipeline.toy_models import write_family
 from rgsp_jax import methods
 from rgsp_jax.checkpoint import open_checkpoint
@@ -58,8 +59,10 @@ def test_special_cases():
         )
     )
     for scale in (0.0, 1.5):
-        expected = methods["relative"](stack, rank=RANK, scale=scale).merged
+        expected = references.relative_weighted(stack, RANK, scale)
         np.testing.assert_allclose(weighted(stack, jnp.full(3, scale), jnp.zeros(3)), expected, rtol=0, atol=1e-12)
+    untuned = methods["relative_weighted"](stack, rank=RANK).merged
+    np.testing.assert_allclose(untuned, references.relative_weighted(stack, RANK), rtol=0, atol=1e-12)
     one = weighted(stack, jnp.array([1.0, 0.0, 0.0]), jnp.zeros(3)) - stack.mean(0)
     assert np.linalg.matrix_rank(one, tol=1e-9) == RANK
     pair = jnp.asarray(draw(count=2))  # unlike `relative`, two models are not bound to their mean
@@ -74,7 +77,7 @@ def test_a_config_takes_a_number_or_lists(tmp_path):
     config = {
         "models": models,
         "method": "relative_weighted",
-        "hyperparameters": {"rank": RANK},
+        "hyperparameters": {"rank": RANK, "directions": 1.0},
         "overrides": overrides,
     }
     merge_checkpoints(parse_config(config, "test"), tmp_path / "out")

@@ -54,13 +54,13 @@ def test_points_of_two_models_are_their_merges():
 @pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 1e-7), (np.float32, 2e-4)])
 def test_points_of_every_shape_and_setting_are_their_merges(dtype, bound):
     assert_points_are_merges(make_trees(2, dtype, shapes=WITH_CONVOLUTION), RGSP, bound)
-    points = [{"method": "relative", "rank": r, "scale": s} for r in (1, 0.5, 5) for s in ("auto", 0.5)]
+    points = [{"method": "relative", "rank": r, "scale": s} for r in (1, 0.5, 5) for s in (0.7, 0.5)]
     assert_points_are_merges(make_trees(3, dtype, shapes=WITH_CONVOLUTION), points, bound)
 
 
 @pytest.mark.slow
 def test_points_of_three_models_are_their_merges():
-    points = [{"method": "relative", "rank": r, "scale": s} for r, s in ((1, "auto"), (0.5, 0.5))]
+    points = [{"method": "relative", "rank": r, "scale": s} for r, s in ((1, 0.7), (0.5, 0.5))]
     weighted = [
         {"method": "relative_weighted", "rank": r, "directions": d, "rest": (0.1, 0.0, 0.2)}
         for r, d in ((3, (1.0, 0.2, 0.4)),)

@@ -51,7 +51,7 @@ def read_score(path):
         ),
         pytest.param(
             "abc",
-            {"include": [QUERY, INNER, EXPERTS], "axes": {"rank": [1, 5], "scale": ["auto", 0.5]}},
+            {"include": [QUERY, INNER, EXPERTS], "axes": {"rank": [1, 5], "scale": [0.7, 0.5]}},
             marks=pytest.mark.slow,
         ),
         ("abc", {"include": [EXPERTS], "axes": {"rank": [2, 0.75], "scale": [0.5, 1.5]}}),
