@@ -93,8 +93,8 @@ def compose(
 Directions = Annotated[
     Any,
     Hyperparameter(
-        "coefficients of the leading directions: one, one per model, or one per model and direction; null is one:"
-        " for all, 2 / (1 + 20 rho), 0 for two models",
+        "coefficients of the leading directions: one, one per model, or one per model and direction; null: one for"
+        " all, 2 / (1 + 20 rho), 0 for two models",
         optional=True,
     ),
 ]
