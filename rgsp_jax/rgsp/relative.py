@@ -204,7 +204,7 @@ def build_relative(
     if active_rank is not None:
         active_rank = jnp.minimum(active_rank, parts.svds.s.shape[-1])
     svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
-    stats = svd_stats(svds, active_rank) | {"rho": parts.rho}
+    stats = svd_stats(svds, active_rank) | {"rho": parts.rho, "scale": jnp.asarray(scale, stack.dtype)}
     mean = stack_mean(stack)
     if stack.shape[0] == 2:  # the two task vectors cancel exactly; no rounding of theirs may leak in
         return MergeOutput(mean, stats)
