@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rgsp_jax.batching import map_batch
 from rgsp_jax.linalg import ROWS
@@ -97,35 +97,42 @@ def compile_item(
 
     On a mesh every device runs it on its own rows, by itself.
     """
-    merge_one = merge_slot(name, static, out_dtype, with_base)
+    merge_slot = build_merge(name, static, with_base)
 
     def merge_matrices(
         sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array, inputs: InputStatistics
     ) -> ItemOutput:
-        return map_batch(lambda x, salt, own: merge_one(x, salt, traced, seed, own), sources, salts, inputs)
+        def merge_one(own: tuple[Array, ...], salt: Array, known: InputStatistics) -> ItemOutput:
+            return measure_output(*merge_slot(own, salt, traced, seed, known), own, out_dtype)
+
+        return map_batch(merge_one, sources, salts, inputs)
 
     def merge_elements(
         sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array, inputs: InputStatistics
     ) -> ItemOutput:
-        def merge_chunk(rows: tuple[Array, ...], salts: Array) -> ItemOutput:
-            return jax.vmap(lambda x, salt: merge_one(x, salt, traced, seed, inputs))(rows, salts)
+        def merge_chunk(coded: tuple[Array, ...], salts: Array) -> ItemOutput:
+            rows = tuple(decode(x, of.dtype) for x, of in zip(coded, sources, strict=True))
+            output, stack = jax.vmap(lambda x, salt: merge_slot(x, salt, traced, seed, inputs))(rows, salts)
+            measured = measure_output(output, jnp.moveaxis(stack, 1, 0), rows, out_dtype)
+            return measured._replace(merged=encode(measured.merged))
 
-        rows = tuple(x.reshape(-1, CHUNK, 1, x.shape[-1]) for x in sources)
+        rows = tuple(encode(x).reshape(-1, CHUNK, 1, x.shape[-1]) for x in sources)
         output = map_batch(merge_chunk, rows, salts.reshape(-1, CHUNK, 2))
         output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
-        return output._replace(merged=output.merged[:, 0])
+        return output._replace(merged=decode(output.merged[:, 0], out_dtype))
 
     kernel = merge_elements if action == "elements" else merge_matrices
     return jax.jit(kernel) if mesh is None else divide_layers(kernel, mesh)
 
 
-def merge_slot(name: str, static: Static, out_dtype: np.dtype, with_base: bool) -> Any:
-    """The kernel of one matrix, or block: sources of every model, its salt, traced settings, seed and inputs."""
+def build_merge(name: str, static: Static, with_base: bool) -> Any:
+    """The method on one matrix, or block: (sources of every model, its salt, traced settings, seed, inputs) -> the
+    merge, and the stack [k, m, n] that it was made from."""
     method = methods[name]
 
-    def merge_one(
+    def merge_slot(
         sources: tuple[Array, ...], salt: Array, traced: dict[str, Array], seed: Array, inputs: InputStatistics
-    ) -> ItemOutput:
+    ) -> tuple[MergeOutput, Array]:
         dtype = compute_dtype(*(x.dtype for x in sources))
         count = len(sources) - with_base
         stack = jnp.stack([x.astype(dtype) for x in sources[:count]])
@@ -134,10 +141,19 @@ def merge_slot(name: str, static: Static, out_dtype: np.dtype, with_base: bool) 
             needed["inputs"] = inputs
         if with_base and "base" in method.needs:
             needed["base"] = sources[-1].astype(dtype)
-        output = method.fn(stack, **dict(static), **cast_traced(traced, dtype), **needed)
-        return measure_output(output, stack, sources, out_dtype)
+        return method.fn(stack, **dict(static), **cast_traced(traced, dtype), **needed), stack
 
-    return merge_one
+    return merge_slot
+
+
+def encode(x: Array) -> Array:
+    """Bits of bfloat16 as integers: XLA carries bfloat16 through a loop on a CPU as float32, several times slower."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def decode(x: Array, dtype: Any) -> Array:
+    """The reverse of `encode`."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if dtype == jnp.bfloat16 else x
 
 
 def divide_layers(kernel: Any, mesh: Mesh) -> Any:
@@ -185,14 +201,15 @@ def compile_divided(
 ) -> Any:
     """The jitted kernel of one divided matrix; JAX divides what follows, the decompositions divide themselves."""
     m, n = matrix
-    merge_one = merge_slot(name, static, out_dtype, with_base)
+    merge_slot = build_merge(name, static, with_base)
 
     def merge_divided(
         sources: tuple[Array, ...], salt: Array, traced: dict[str, Array], seed: Array, inputs: InputStatistics
     ) -> ItemOutput:
         # The method sees the matrix as it is: zeros would count in its ranks and densities.
-        output = merge_one(tuple(x[:m, :n] for x in sources), salt, traced, seed, inputs)
-        filled = [(0, full - true) for full, true in zip(sources[0].shape, matrix, strict=True)]
+        true = tuple(x[:m, :n] for x in sources)
+        output = measure_output(*merge_slot(true, salt, traced, seed, inputs), true, out_dtype)
+        filled = [(0, full - side) for full, side in zip(sources[0].shape, matrix, strict=True)]
         return output._replace(merged=jnp.pad(output.merged, filled))
 
     divided = NamedSharding(mesh, PartitionSpec(ROWS) if m >= n else PartitionSpec(None, ROWS))
@@ -207,20 +224,34 @@ def compile_divided(
 def measure_output(
     output: MergeOutput, stack: Float[Array, "k ..."], sources: tuple[Array, ...], out_dtype: np.dtype
 ) -> ItemOutput:
-    """A merge in the output's dtype, with what the report says of it beside the method's own stats."""
+    """A merge [..., m, n] in the output's dtype, with what the report says of it beside the method's own stats."""
     # XLA may leave a cast there and back out; what is measured here is what is written.
     precision = jnp.finfo(out_dtype)
     written = jax.lax.reduce_precision(output.merged, precision.nexp, precision.nmant)
-    axes = tuple(range(1, stack.ndim))
-    difference = written[None] - stack
+    change = [sum_squares(written - x) for x in stack]
+    size = [sum_squares(x) for x in stack]
+    known = [*size, *[None] * (len(sources) - len(size))]
     return ItemOutput(
         output.merged.astype(out_dtype),
         output.stats,
-        jnp.sum(difference**2, axes),
-        jnp.sum(stack**2, axes),
-        jnp.stack([jnp.isfinite(x).all() for x in sources]),
-        jnp.isfinite(written).all(),
+        jnp.stack(change, -1),
+        jnp.stack(size, -1),
+        jnp.stack([is_finite(x, total) for x, total in zip(sources, known, strict=True)], -1),
+        is_finite(written, change[0]),
     )
+
+
+def sum_squares(x: Float[Array, "... m n"]) -> Float[Array, "..."]:
+    """Squared Frobenius norms."""
+    return jnp.sum(x**2, (-2, -1))
+
+
+def is_finite(x: Float[Array, "... m n"], total: Float[Array, "..."] | None = None) -> Bool[Array, "..."]:
+    """Whether every entry of a matrix is; `total`, a sum that is finite only where all of them are, mostly tells."""
+    if total is None:
+        return jnp.isfinite(x).all((-2, -1))
+    told = jnp.isfinite(total)
+    return jax.lax.cond(told.all(), lambda: told, lambda: jnp.isfinite(x).all((-2, -1)))
 
 
 def slot_key(seed: Array, salt: Array) -> Array:
