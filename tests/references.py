@@ -46,7 +46,7 @@ def nuclear_median(cores, steps=5, floor=1e-2):
     return median * size
 
 
-def relative(stack, rank, scale=1.5):
+def relative(stack, rank, scale=1.5, directions=1.0, rest=0.0):
     """`relative` by full SVDs and dense systems (three or more models that differ)."""
     stack = np.asarray(stack, np.float64)
     count, m, n = stack.shape
@@ -63,7 +63,11 @@ def relative(stack, rank, scale=1.5):
     u = polar(np.concatenate([u[:, :rank] for u, _, _ in sides], axis=1))
     v = polar(np.concatenate([vt[:rank].T for _, _, vt in sides], axis=1))
     s = np.concatenate([s[:rank] for _, s, _ in sides])
-    return mean + left @ (ancestor + scale * (u * s) @ v.T) @ right.T
+    a = np.broadcast_to(np.reshape(directions, (-1, 1)) if np.ndim(directions) == 1 else directions, (count, rank))
+    merged = mean + left @ (ancestor + scale * (u * s * a.ravel()) @ v.T) @ right.T
+    for b, d, core in zip(np.broadcast_to(rest, count), stack - mean, cores, strict=True):
+        merged = merged + b * (d - left @ core @ right.T)
+    return merged
 
 
 def relative_weighted(stack, rank, scale="auto"):

@@ -17,7 +17,7 @@ LEARNABLE = {
     "rgsp_seed": {},
     "dgsm": {},
     "gsf": {},
-    "relative": {"scale": 1.5},
+    "relative": {"scale": 1.5, "directions": [[1.0], [0.3], [1.1]], "rest": [0.3, -0.2, 0.1]},
     "relative_weighted": {"directions": [[1.0, 0.5, 2.0], [0.3, 1.2, 0.8], [1.1, 0.9, 0.4]], "rest": [0.3, -0.2, 0.1]},
     "graft": {"ridge": 2.0},
     "sequential_graft": {"share": 0.4, "pull": 0.1},

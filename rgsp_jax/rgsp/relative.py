@@ -21,6 +21,13 @@ FLOOR = 1e-2
 """Of squared singular values in the median's weights, in units of their mean over models and directions."""
 
 Scale = Annotated[Any, Hyperparameter("of the departure from the ancestor; 1 is as far as each model went", low=0)]
+Departures = Annotated[
+    Any,
+    Hyperparameter("coefficients of the models' departures, in units of scale: one, one per model, or per direction"),
+]
+Outside = Annotated[
+    Any, Hyperparameter("coefficients of what no model's directions reach, one per model; one for all adds nothing")
+]
 
 
 def relative(
@@ -28,6 +35,8 @@ def relative(
     rank: Rank = 32,
     active_rank: ActiveRank = None,
     scale: Scale = 1.5,
+    directions: Departures = 1.0,
+    rest: Outside = 0.0,
 ) -> MergeOutput:
     """Base-free K-way merge: `W* = ancestor + scale U diag(S) V^T`, the ancestor estimated from the models.
 
@@ -42,16 +51,22 @@ def relative(
     `W* = mean + Y_u (C + scale U diag(S) V^T) Y_v^T`. Equal copies return the copy. Two models give their mean:
     `D_2 = -D_1`, and nothing in the weights tells which of them moved.
 
+    Learning chooses from the family around it, linear in a and b:
+    `mean + Y_u (C + scale sum_k U_k diag(a_k S_k) V_k^T) Y_v^T + sum_k b_k (D_k - Y_u c_k Y_v^T)`. Two models share
+    their directions, each has half of what is along them, and `a_1 - a_2` counts.
+
     Args:
         stack: K >= 2 models [K, m, n].
         rank: directions kept of each model, at most min(m, n) / K; a fraction is of min(m, n).
         active_rank: run-time rank; the result equals that at this rank.
         scale: a number.
+        directions: a, a number, [K] or [K, directions kept].
+        rest: b, a number (which adds nothing, as `sum_k D_k = 0`) or [K].
 
     Gargiulo et al., Task Singular Vectors (CVPR 2025), for the decorrelation, there about a given base.
     """
     parts = prepare_relative(stack, rank, active_rank)
-    return build_relative(stack, parts, solve_relative(parts, active_rank), active_rank, scale)
+    return build_relative(stack, parts, solve_relative(parts, active_rank), active_rank, scale, directions, rest)
 
 
 class RelativeParts(NamedTuple):
@@ -69,10 +84,13 @@ class RelativeParts(NamedTuple):
 
 
 class RelativeSolution(NamedTuple):
-    """The ancestor and the departure from it, in the coordinates of the cores."""
+    """The ancestor and the departures from it, in the coordinates of the cores; of two models the first one's alone."""
 
     ancestor: Float[Array, "q p"]
-    departure: Float[Array, "q p"]
+    u: Float[Array, "k q r"]
+    """Decorrelated left directions of every departure, times their singular values."""
+    v: Float[Array, "k p r"]
+    """Decorrelated right directions: departures are `u_k v_k^T`."""
 
 
 def frobenius_norm(x: Float[Array, "... m n"]) -> Float[Array, "..."]:
@@ -93,10 +111,12 @@ def prepare_relative(
     """Decompositions, bases and cores at this rank, from which any smaller one follows."""
     count, m, n = stack.shape
     mean = stack_mean(stack)
-    departures = stack - mean[None]
-    svds = decompose(departures, min(resolve_rank(rank, m, n), max(min(m, n) // count, 1)), active_rank)
+    rank = min(resolve_rank(rank, m, n), max(min(m, n) // count, 1))
+    svds = decompose(stack - mean[None], rank, active_rank)
     left, right = join_sides(unstack(svds))
-    return RelativeParts(svds, left, right, project(left, departures, right), relative_distance(stack, mean))
+    stack, _ = lax.optimization_barrier((stack, svds.s))  # departures anew: the first ones would be kept until here
+    cores = lax.map(lambda x: multiply(multiply(left.T, x - mean), right), stack)
+    return RelativeParts(svds, left, right, cores, relative_distance(stack, mean))
 
 
 def join_sides(svds: Sequence[TruncatedSVD]) -> tuple[Float[Array, "m q"], Float[Array, "n p"]]:
@@ -112,18 +132,19 @@ def join_basis(vectors: Sequence[Float[Array, "m r"]]) -> Float[Array, "m q"]:
 
 
 def solve_relative(parts: RelativeParts, active_rank: Array | int | None = None) -> RelativeSolution:
-    """The ancestor and the departure, from the cores alone."""
+    """The ancestor and the departures, from the cores alone."""
     count, rank = parts.svds.s.shape
-    if count == 2:  # see build_relative
-        return RelativeSolution(jnp.zeros_like(parts.cores[0]), jnp.zeros_like(parts.cores[0]))
+    svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
+    if count == 2:  # decorrelated from its opposite, a direction is half of what it was
+        u, v = multiply(parts.left.T, svds[0].u * (svds[0].s / 2)[None, :]), multiply(parts.right.T, svds[0].v)
+        return RelativeSolution(jnp.zeros_like(parts.cores[0]), u[None], v[None])
     if active_rank is None:
         return solve_cores(parts.cores, count_directions(parts.left, parts.right), rank)
-    svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
     inside = [d._replace(u=multiply(parts.left.T, d.u), v=multiply(parts.right.T, d.v)) for d in svds]
     left, right = join_sides(inside)
     found = solve_cores(project(left, parts.cores, right), count_directions(left, right), rank, active_rank)
-    ancestor, departure = (multiply(multiply(left, x), right.T) for x in found)
-    return RelativeSolution(ancestor, departure)
+    u, v = (vmap(multiply, (None, 0))(basis, x) for basis, x in ((left, found.u), (right, found.v)))
+    return RelativeSolution(multiply(multiply(left, found.ancestor), right.T), u, v)
 
 
 def count_directions(left: Float[Array, "m q"], right: Float[Array, "n p"]) -> Float[Array, ""]:
@@ -148,7 +169,7 @@ def solve_cores(
     size = jnp.sqrt(jnp.mean(frobenius_norm(cores) ** 2) + jnp.finfo(cores.dtype).tiny)
     ancestor = nuclear_median(cores / size, directions) * size
     svds = decompose(cores - ancestor[None], min(rank, *cores.shape[1:]), active_rank)
-    return RelativeSolution(ancestor, join_directions(*decorrelate_directions(svds)))
+    return RelativeSolution(ancestor, *decorrelate_directions(svds))
 
 
 def nuclear_median(cores: Float[Array, "k q p"], directions: Float[Array, ""] | float) -> Float[Array, "q p"]:
@@ -199,17 +220,29 @@ def build_relative(
     solution: RelativeSolution,
     active_rank: Array | int | None = None,
     scale: Array | float = 1.5,
+    directions: Array | float = 1.0,
+    rest: Array | float = 0.0,
 ) -> MergeOutput:
     """Back from the cores, see `relative`."""
+    count, dtype = stack.shape[0], stack.dtype
     if active_rank is not None:
         active_rank = jnp.minimum(active_rank, parts.svds.s.shape[-1])
     svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
-    stats = svd_stats(svds, active_rank) | {"rho": parts.rho, "scale": jnp.asarray(scale, stack.dtype)}
+    stats = svd_stats(svds, active_rank) | {"rho": parts.rho, "scale": jnp.asarray(scale, dtype)}
     mean = stack_mean(stack)
-    if stack.shape[0] == 2:  # the two task vectors cancel exactly; no rounding of theirs may leak in
+    a, b = jnp.asarray(directions, dtype), jnp.asarray(rest, dtype)
+    core = solution.ancestor
+    if count > 2 or a.ndim:  # two equal coefficients cancel; no rounding of the task vectors may leak in
+        a = a[:1] - a[1:] if count == 2 else a
+        u = solution.u * a.reshape(-1, 1, a.shape[1] if a.ndim > 1 else 1)
+        core = core + jnp.asarray(scale, dtype) * join_directions(u, solution.v)
+    elif not b.ndim:
         return MergeOutput(mean, stats)
-    core = solution.ancestor + jnp.asarray(scale, stack.dtype) * solution.departure
-    return MergeOutput(mean + multiply(multiply(parts.left, core), parts.right.T), stats)
+    merged = mean
+    if b.ndim:
+        core = core - jnp.tensordot(b, parts.cores, axes=1, precision=PRECISION)
+        merged = merged + jnp.tensordot(b, stack - mean[None], axes=1, precision=PRECISION)
+    return MergeOutput(merged + multiply(multiply(parts.left, core), parts.right.T), stats)
 
 
 def project(

@@ -107,7 +107,7 @@ def relative_in_steps(stack):
     composed = rgsp.compose(rgsp.decorrelate(prepared), stack, jnp.ones(stack.shape[0], stack.dtype), 0.5)
     rho = rgsp.relative_distance(stack, stack[0])
     scale = rgsp.distance_scale(rho, len(stack))
-    steps = found.departure, median, solved.departure
+    steps = (*found, median, *solved)
     return rgsp.compose(parts, stack, 0.7), composed, scale, rgsp.decompose(stack, R, None).s, *steps
 
 
