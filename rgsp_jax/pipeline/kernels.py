@@ -103,7 +103,8 @@ def compile_item(
         sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array, inputs: InputStatistics
     ) -> ItemOutput:
         def merge_one(own: tuple[Array, ...], salt: Array, known: InputStatistics) -> ItemOutput:
-            return measure_output(*merge_slot(own, salt, traced, seed, known), own, out_dtype)
+            output, stack = merge_slot(own, salt, traced, seed, known)
+            return measure_output(output, stack, own, out_dtype)
 
         return map_batch(merge_one, sources, salts, inputs)
 
@@ -208,7 +209,8 @@ def compile_divided(
     ) -> ItemOutput:
         # The method sees the matrix as it is: zeros would count in its ranks and densities.
         true = tuple(x[:m, :n] for x in sources)
-        output = measure_output(*merge_slot(true, salt, traced, seed, inputs), true, out_dtype)
+        merged, stack = merge_slot(true, salt, traced, seed, inputs)
+        output = measure_output(merged, stack, true, out_dtype)
         filled = [(0, full - side) for full, side in zip(sources[0].shape, matrix, strict=True)]
         return output._replace(merged=jnp.pad(output.merged, filled))
 
