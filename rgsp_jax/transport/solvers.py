@@ -11,9 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
-from ott.geometry import geometry
-from ott.problems.quadratic import quadratic_problem
-from ott.solvers.linear import sinkhorn
 
 from rgsp_jax.transport.problem import TransportProblem, centre_costs, linearize
 from rgsp_jax.transport.scaling import fit_marginals, scale_to_marginals
@@ -91,6 +88,11 @@ def solve_with_ott(problem: TransportProblem, tolerance: float, max_iterations: 
     `fused_penalty_ott = 1 / 2` on T. Its own stopping rule watches the cost, which is flat at a stationary point (and
     adds an absolute tolerance), so that it declares plans converged that are far off: this one watches the plan.
     """
+    # A second and a half that only who asks for this solver should wait.
+    from ott.geometry import geometry
+    from ott.problems.quadratic import quadratic_problem
+    from ott.solvers.linear import sinkhorn
+
     # Its log-domain sums lose a digit to the size of their exponents; fit_marginals makes up for it afterwards.
     threshold = max(10 * finest_marginal_tolerance(problem), 1e-1 * tolerance)
     # ott mixes dtypes and ranks of scalars freely.
