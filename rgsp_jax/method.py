@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -137,6 +137,20 @@ class Stages:
         return {name: value for one in known for name, value in one.items() if name in taken}
 
 
+class Cost(NamedTuple):
+    """What a method takes for one matrix beside the decompositions of its models."""
+
+    flops: float
+    words: int
+    """Numbers held at once, whole on every device that shares the matrix."""
+
+
+def count_couplings(models: int, m: int, n: int, rank: int) -> Cost:
+    """Of methods that work on r x r matrices between two models' directions, couplings in some hundred steps."""
+    del models, m, n
+    return Cost(2000.0 * rank**3, 12 * rank**2)
+
+
 @dataclass(frozen=True)
 class Method:
     """A merge method by name, with what it needs and what it promises.
@@ -178,6 +192,10 @@ class Method:
     is r columns, or square in the shorter side or in what the method is given whole (covariances)."""
     stages: Stages | None = None
     """Where its cost is in decompositions that many settings can share."""
+    cost: Callable[[int, int, int, int], Cost] = count_couplings
+    """(models, m, n, rank) -> what comes after the decompositions."""
+    limit_rank: Callable[[int, int, int], int] | None = None
+    """(models, m, n) -> most directions that it keeps of each model; None is min(m, n)."""
 
     def __call__(self, stack: Float[Array, "k m n"], **hyperparameters: Any) -> MergeOutput:
         self.check_count(stack.shape[0])

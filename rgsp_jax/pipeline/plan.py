@@ -13,6 +13,7 @@ import numpy as np
 
 from rgsp_jax.checkpoint import TensorSpec, format_bytes
 from rgsp_jax.linalg import resolve_rank
+from rgsp_jax.linalg.cost import count_truncated_svd
 from rgsp_jax.method import SQUARES, Method
 from rgsp_jax.pipeline.config import MergeConfig, matcher
 from rgsp_jax.registry import methods
@@ -382,8 +383,9 @@ def matrix_workspace(group: Group, parts: int = 1) -> int:
     if not is_factorised(group.method):
         copies = TASK_VECTOR_COPIES if "base" in methods[group.method].needs else STACK_COPIES
         return (copies * count + 1) * matrix * itemsize
-    r = rank_of(group.method, group.hyperparameters, m, n)
-    factors = count * (own + min(m, n)) * min(4 * r + 40, min(m, n)) * 3 + 12 * r * r + 3 * min(m, n) ** 2
+    r = count_directions(group.method, group.hyperparameters, count, m, n)
+    between = methods[group.method].cost(count, m, n, r).words
+    factors = count * (own + min(m, n)) * min(4 * r + 40, min(m, n)) * 3 + between + 3 * min(m, n) ** 2
     if max(m, n) % parts:  # between uneven parts JAX moves the factors by gathering them
         factors += count * max(m, n) * r
     return ((2 * count + 4) * matrix + factors) * itemsize
@@ -397,6 +399,13 @@ def is_factorised(method: str) -> bool:
 def rank_of(method: str, hyperparameters: Mapping[str, Any], m: int, n: int) -> int:
     """The rank a method uses on an m x n matrix; full where it has none to set."""
     return resolve_rank(hyperparameters.get("rank", methods[method].defaults.get("rank", min(m, n))), m, n)
+
+
+def count_directions(method: str, hyperparameters: Mapping[str, Any], models: int, m: int, n: int) -> int:
+    """Directions that a method keeps of each of so many m x n matrices."""
+    limit = methods[method].limit_rank
+    rank = rank_of(method, hyperparameters, m, n)
+    return min(rank, limit(models, m, n)) if limit else rank
 
 
 def count_rows(group: Group, piece: Piece) -> int:
@@ -448,10 +457,10 @@ def estimate_flops(task: TensorTask) -> float:
     if task.inputs is not None:  # an eigendecomposition at worst, and the products
         thin = task.inputs.kind in ("sketch", "spectrum")
         return float(batch * ((6 * n * task.inputs.rows**2 if thin else 9 * n**3) + 8 * m * n * n))
-    r = rank_of(task.method, task.hyperparameters, m, n)
-    small, steps = min(m, n), min(3 * r + 20, min(m, n))
-    svd = min(2 * m * n * small + 9 * small**3, 4 * m * n * steps + 4 * (m + n) * steps**2)
-    return float(batch * (count * svd + 2 * m * n * r * count + 2 * (m + n) * (count * r) ** 2 + 2000 * r**3))
+    r = count_directions(task.method, task.hyperparameters, count, m, n)
+    taken_apart = count * count_truncated_svd(m, n, r)
+    put_together = 2 * m * n * r * count + 2 * (m + n) * (count * r) ** 2
+    return batch * (taken_apart + put_together + methods[task.method].cost(count, m, n, r).flops)
 
 
 def cost_per_element(tasks: Sequence[TensorTask]) -> float:

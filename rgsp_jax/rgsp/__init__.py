@@ -2,6 +2,7 @@
 
 from rgsp_jax.rgsp.alignment import decompose
 from rgsp_jax.rgsp.asymmetric import DGSM_STAGES, GSF_STAGES, dgsm, gsf
+from rgsp_jax.rgsp.cost import count_relative, limit_relative_rank
 from rgsp_jax.rgsp.pairwise import (
     LITERAL,
     PAIR_STAGES,
@@ -59,6 +60,7 @@ __all__ = [
     "WeightedParts",
     "WeightedSvds",
     "compose",
+    "count_relative",
     "couple_pair",
     "decompose",
     "decorrelate",
@@ -66,6 +68,7 @@ __all__ = [
     "dgsm",
     "distance_scale",
     "gsf",
+    "limit_relative_rank",
     "nuclear_median",
     "pair_svds",
     "prepare_pair",

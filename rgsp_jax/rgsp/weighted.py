@@ -46,7 +46,8 @@ def prepare_weighted(
 ) -> WeightedSvds:
     """What every member of the family takes, whatever its rank up to this one and its scale."""
     mean = stack_mean(stack)
-    return WeightedSvds(decompose(stack - mean[None], rank, active_rank), relative_distance(stack, mean))
+    departures = jax.lax.optimization_barrier(stack) - mean[None]  # not those of `compose`, or they would be kept
+    return WeightedSvds(decompose(departures, rank, active_rank), relative_distance(stack, mean))
 
 
 def decorrelate(parts: WeightedSvds, active_rank: Array | int | None = None) -> WeightedParts:
@@ -86,7 +87,7 @@ def compose(
     if rest is None:
         return merged
     b = jnp.broadcast_to(jnp.asarray(rest, mean.dtype), (count,))
-    whole = jnp.tensordot(b, stack - mean[None], axes=1)
+    whole = jnp.sum(b[:, None, None] * (stack - mean[None]), axis=0)
     return merged + whole - join_directions(parts.own_u * b[:, None, None], parts.own_v)
 
 

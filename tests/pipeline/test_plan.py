@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +11,9 @@ from pipeline.toy_models import SHAPES, toy_family, write_family
 from rgsp_jax.checkpoint import Checkpoint, TensorSpec, open_checkpoint
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, Override, describe_plan, merge_checkpoints, plan_merge, prepare
+from rgsp_jax.pipeline.plan import Group, matrix_workspace
+from rgsp_jax.registry import methods
+from rgsp_jax.rgsp.relative import REWEIGHTINGS
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -132,6 +136,37 @@ def test_memory_does_not_grow_with_the_layers():
         ).peak_memory
 
     assert peak(200) == peak(2000)
+
+
+@pytest.mark.parametrize(
+    ("models", "m", "n", "rank"),
+    [
+        (16, 256, 256, 32),
+        pytest.param(30, 600, 600, 20, marks=pytest.mark.slow),
+        pytest.param(3, 1024, 768, 32, marks=pytest.mark.slow),
+        pytest.param(4, 64, 4096, 16, marks=pytest.mark.slow),
+    ],
+)
+def test_the_room_for_relative_covers_what_the_compiler_sets_aside(models, m, n, rank):
+    """Many models are where its cores, as large as all their directions together, outweigh the matrices."""
+    with jax.enable_x64(False):
+        stack = jax.ShapeDtypeStruct((models, m, n), np.float32)
+        found = jax.jit(lambda x: methods["relative"](x, rank=rank)).lower(stack).compile().memory_analysis()
+    group = Group("matrices", "relative", {"rank": rank}, (m, n), (FLOAT32,) * models, FLOAT32)
+    assert found.temp_size_in_bytes <= matrix_workspace(group)
+
+
+def test_the_median_is_in_the_estimate():
+    """Twice K + 1 eigendecompositions in each of its steps, of as many directions as all models have together."""
+
+    def flops(method, count, rank, matrix=(512, 512)):
+        return plan_of({"layers.0.w.weight": matrix}, method=method, count=count, hyperparameters={"rank": rank}).flops
+
+    for count, rank in ((3, 32), (8, 32), (8, 64)):
+        least = REWEIGHTINGS * 2 * (count + 1) * 9 * (count * rank) ** 3
+        assert flops("relative", count, rank) - flops("relative_weighted", count, rank) > least
+    assert flops("relative", 8, 64) == flops("relative", 8, 200)  # of 512, no more than 64 for each of 8
+    assert flops("relative", 2, 32) <= flops("relative_weighted", 2, 32)  # two models give their mean
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(tmp_path):
