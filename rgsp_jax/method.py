@@ -151,6 +151,19 @@ def count_couplings(models: int, m: int, n: int, rank: int) -> Cost:
     return Cost(2000.0 * rank**3, 12 * rank**2)
 
 
+class Combination(NamedTuple):
+    """A method that sees of whole tensors only how they lie to each other, and then works entry by entry.
+
+    `build(stack, state)` with `state, stats = solve(products, ...)` is `fn(stack, ...)`, where `products` are the
+    models' inner products, each tensor taken as one vector: any part of a tensor may be built apart from the rest.
+    """
+
+    solve: Callable[..., tuple[Any, dict[str, Array]]]
+    """(products [K, K], hyperparameters): what `build` needs, and the stats."""
+    build: Callable[[Array, Any], Array]
+    """(stack [K, ...], state) -> merged [...]."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A merge method by name, with what it needs and what it promises.
@@ -192,6 +205,8 @@ class Method:
     is r columns, or square in the shorter side or in what the method is given whole (covariances)."""
     stages: Stages | None = None
     """Where its cost is in decompositions that many settings can share."""
+    combination: Combination | None = None
+    """Where it is one, so that no tensor need be held whole in the precision that is computed in."""
     cost: Callable[[int, int, int, int], Cost] = count_couplings
     """(models, m, n, rank) -> what comes after the decompositions."""
     limit_rank: Callable[[int, int, int], int] | None = None

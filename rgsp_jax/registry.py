@@ -7,6 +7,7 @@ from rgsp_jax.grafting import graft_layer, interpolation_weights, sequential_gra
 from rgsp_jax.merging import (
     ISO_C_STAGES,
     ISO_CTS_STAGES,
+    SLERP,
     TSV_STAGES,
     ace_merging,
     average,
@@ -63,6 +64,7 @@ TABLE = (
         "slerp",
         slerp,
         "Spherical interpolation of two models.",
+        combination=SLERP,
         models=(2, 2),
         scope="tensors",
         scale_equivariant=True,

@@ -360,7 +360,7 @@ def main() -> int:
         runs = run_rounds(contenders, arguments.work, cache, arguments.rounds, arguments.costly_rounds)
         full = None
         if arguments.full_svd_layers:
-            full = compare_full_svd(arguments.work, cache, arguments.full_svd_layers, arguments.costly_rounds)
+            full = compare_full_svd(arguments.work, cache, arguments.full_svd_layers, max(1, arguments.costly_rounds))
         report = build_report(arguments, runs, full, peers)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -15,7 +15,7 @@ from rgsp_jax.merging.model_stock import model_stock
 from rgsp_jax.merging.otfusion import transport_neurons
 from rgsp_jax.merging.permutation import match_weights, permute
 from rgsp_jax.merging.regmean import regmean
-from rgsp_jax.merging.slerp import slerp
+from rgsp_jax.merging.slerp import SLERP, slerp
 from rgsp_jax.merging.task_arithmetic import task_arithmetic
 from rgsp_jax.merging.ties import ties
 from rgsp_jax.merging.tsv import TSV_STAGES, tsv_m
@@ -24,6 +24,7 @@ from rgsp_jax.merging.wudi import wudi
 __all__ = [
     "ISO_CTS_STAGES",
     "ISO_C_STAGES",
+    "SLERP",
     "TSV_STAGES",
     "ResponseSearch",
     "ace_merging",

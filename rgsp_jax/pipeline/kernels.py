@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from rgsp_jax.batching import map_batch
 from rgsp_jax.linalg import ROWS
 from rgsp_jax.method import MASKED, Method, compute_dtype
-from rgsp_jax.pipeline.plan import CHUNK, Group
+from rgsp_jax.pipeline.plan import CHUNK, MOST_IN_PARTS, PART, Group
 from rgsp_jax.registry import methods
 from rgsp_jax.types import InputStatistics, MergeOutput
 
@@ -102,11 +102,16 @@ def compile_item(
     def merge_matrices(
         sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array, inputs: InputStatistics
     ) -> ItemOutput:
-        def merge_one(own: tuple[Array, ...], salt: Array, known: InputStatistics) -> ItemOutput:
+        def merge_one(coded: tuple[Array, ...], salt: Array, known: InputStatistics) -> ItemOutput:
+            if methods[name].combination is not None and coded[0].size <= MOST_IN_PARTS:
+                return merge_in_parts(name, static, traced, coded, [x.dtype for x in sources], out_dtype)
+            own = tuple(decode(x, of.dtype) for x, of in zip(coded, sources, strict=True))
             output, stack = merge_slot(own, salt, traced, seed, known)
-            return measure_output(output, stack, own, out_dtype)
+            measured = measure_output(output, stack, own, out_dtype)
+            return measured._replace(merged=encode(measured.merged))
 
-        return map_batch(merge_one, sources, salts, inputs)
+        output = map_batch(merge_one, tuple(map(encode, sources)), salts, inputs)
+        return output._replace(merged=decode(output.merged, out_dtype))
 
     def merge_elements(
         sources: tuple[Array, ...], traced: dict[str, Array], salts: Array, seed: Array, inputs: InputStatistics
@@ -145,6 +150,64 @@ def build_merge(name: str, static: Static, with_base: bool) -> Any:
         return method.fn(stack, **dict(static), **cast_traced(traced, dtype), **needed), stack
 
     return merge_slot
+
+
+def merge_in_parts(
+    name: str, static: Static, traced: dict[str, Array], coded: tuple[Array, ...], dtypes: list[Any], out_dtype: Any
+) -> ItemOutput:
+    """A merge that is a `Combination`, of one matrix: twice over its parts, so that it is never held in float32 whole.
+
+    Args:
+        coded: the models [m, n], as `encode` has them.
+        dtypes: theirs.
+
+    Returns:
+        The merge as `encode` has it.
+    """
+    combination = methods[name].combination
+    assert combination is not None
+    dtype, flat = compute_dtype(*dtypes), [x.reshape(-1) for x in coded]
+
+    def read(start: Array | int, length: int) -> tuple[tuple[Array, ...], Array]:
+        cut = [jax.lax.dynamic_slice_in_dim(x, start, length) for x in flat]
+        own = tuple(decode(x, of)[None] for x, of in zip(cut, dtypes, strict=True))
+        return own, jnp.stack([x.astype(dtype) for x in own])
+
+    def multiply(start: Array | int, length: int) -> Array:
+        _, stack = read(start, length)
+        pairs = {(i, j): jnp.sum(stack[i] * stack[j]) for j in range(len(stack)) for i in range(j + 1)}
+        return jnp.stack([pairs[min(i, j), max(i, j)] for i in range(len(stack)) for j in range(len(stack))])
+
+    size = flat[0].shape[0]
+    products = jnp.concatenate(map_parts(multiply, size)).sum(0).reshape(len(flat), len(flat))
+    state, stats = combination.solve(products, **dict(static), **cast_traced(traced, dtype))
+
+    def build(start: Array | int, length: int) -> ItemOutput:
+        own, stack = read(start, length)
+        output = measure_output(MergeOutput(combination.build(stack, state), {}), stack, own, out_dtype)
+        return output._replace(merged=encode(output.merged[0]))
+
+    stacks = map_parts(build, size)
+    change, norms, finite_in, finite_out = (jnp.concatenate(x) for x in zip(*(own[2:] for own in stacks), strict=True))
+    return ItemOutput(
+        jnp.concatenate([own.merged.reshape(-1) for own in stacks]).reshape(coded[0].shape),
+        stats,
+        change.sum(0),
+        norms.sum(0),
+        finite_in.all(0),
+        finite_out.all(0),
+    )
+
+
+def map_parts(fn: Any, size: int) -> list[Any]:
+    """`fn(start, length)` of every part of so many elements, one after the other: whole ones stacked, then the rest."""
+    whole, rest = divmod(size, PART)
+    found = []
+    if whole:
+        found.append(jax.lax.map(lambda start: fn(start, PART), PART * jnp.arange(whole, dtype=jnp.int32)))
+    if rest:
+        found.append(jax.tree.map(lambda x: x[None], fn(whole * PART, rest)))
+    return found
 
 
 def encode(x: Array) -> Array:

@@ -26,6 +26,8 @@ CHUNK = 16
 holds, the result does not depend on the memory that is given."""
 ITEM_ELEMENTS = 4 * 1024 * 1024
 """Elements of each model in one work item, where single matrices are not larger: enough to hide the overheads."""
+PART, MOST_IN_PARTS = 256 * 1024, 2**31 - 1
+"""Elements that one step takes of a matrix that is merged part by part, and that such a matrix has at most."""
 FACTOR_SHARE = 4
 """Methods that factorise take items so many times smaller: they outweigh the overheads sooner, and progress shows."""
 STACK_COPIES, TASK_VECTOR_COPIES = 3, 6
@@ -382,6 +384,8 @@ def matrix_workspace(group: Group, parts: int = 1) -> int:
         return ((count + 4) * matrix + 5 * n * n) * itemsize
     if not is_factorised(group.method):
         copies = TASK_VECTOR_COPIES if "base" in methods[group.method].needs else STACK_COPIES
+        if methods[group.method].combination and parts == 1 and matrix <= MOST_IN_PARTS:
+            return (copies * count + 1) * min(matrix, PART) * itemsize + 2 * matrix * group.out_dtype.itemsize
         return (copies * count + 1) * matrix * itemsize
     r = count_directions(group.method, group.hyperparameters, count, m, n)
     between = methods[group.method].cost(count, m, n, r).words
