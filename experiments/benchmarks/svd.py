@@ -3,13 +3,15 @@
     python -m experiments.benchmarks.svd                  # one core, about two minutes
     python -m experiments.benchmarks.svd --check          # exit 1 where a target ratio is missed
 
+    python -m experiments.benchmarks.svd --peers VENV     # torch, scikit-learn and scipy in turn with ours
     python -m experiments.benchmarks.svd --sweep          # where gram, lanczos and full cross, by shape and rank
 
 Every round runs all contenders once, in turn, in this one process; a ratio is the median over rounds of full/contender
 within the round, so that a machine busy with other work slows both sides. On a processor the clock is the process's own
 time, which on one core is the wall time of an idle machine; on an accelerator it is the wall. Matrices have known
 singular values: "task_vector" decays like the difference of two fine-tuned attention matrices, "gaussian" hardly at all
-(hard for every iterative method). Errors are taken against those values.
+(hard for every iterative method). Errors are taken against those values. Peers run in a process of their own, with one
+thread, on the same core and clock; `torch.svd_lowrank` with twice the rank's columns and several counts of iterations.
 """
 
 import argparse
@@ -17,12 +19,18 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from experiments.benchmarks.peers import make_environment, own_environment
+from experiments.benchmarks.svd_peers import CONTENDERS as PEERS
 
 RESULTS = Path(__file__).parent / "results" / "svd.json"
 
@@ -35,6 +43,8 @@ class Case:
     spectrum: str
     target: float | None
     """Smallest accepted ratio full/auto; None only reports."""
+    loose_target: float | None = None
+    """The same at an excess of at most LARGEST_EXCESS, where torch must be behind, too."""
 
     @property
     def name(self) -> str:
@@ -46,10 +56,11 @@ CASES = (
     Case(384, 384, 19, "task_vector", None),
     Case(1536, 384, 64, "task_vector", None),
     Case(1024, 1024, 16, "task_vector", 20.0),
-    Case(1024, 1024, 64, "task_vector", 6.0),
+    Case(1024, 1024, 64, "task_vector", 6.0, 6.5),
     Case(1024, 1024, 64, "gaussian", None),
-    Case(2048, 2048, 64, "task_vector", 5.0),
+    Case(2048, 2048, 64, "task_vector", 5.0, 15.0),
 )
+LARGEST_EXCESS = 3e-4
 # Shapes and ranks around the thresholds of the automatic choice.
 SWEEP = tuple(
     Case(m, n, rank, spectrum, None)
@@ -158,7 +169,32 @@ def score(w: np.ndarray, true_s: np.ndarray, factors: tuple) -> dict[str, float]
     }
 
 
-def run_case(case: Case, names: list[str], rounds: int) -> dict:
+class Peers:
+    """Other people's decompositions, in a process of their own environment that waits for orders."""
+
+    def __init__(self, venv: Path) -> None:
+        python = make_environment(venv)
+        environment = own_environment() | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [python, "-m", "experiments.benchmarks.svd_peers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[2],
+        )
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def leave(self) -> None:
+        self.process.communicate("")
+
+
+def run_case(case: Case, names: list[str], rounds: int, peers: Peers | None) -> dict:
     import jax
 
     w, true_s = build_matrix(case)
@@ -166,14 +202,26 @@ def run_case(case: Case, names: list[str], rounds: int) -> dict:
     contenders = build_contenders(case, names)
     scores = {name: score(w, true_s, jax.block_until_ready(f(on_device))) for name, f in contenders.items()}
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, f in contenders.items():
-            start = clock()
-            jax.block_until_ready(f(on_device))
-            times[name].append(clock() - start)
+    theirs = [name for name in PEERS if peers is not None and (name != "scipy svds" or case.n <= 1024)]
+    times: dict[str, list[float]] = {name: [] for name in (*contenders, *theirs)}
+    with tempfile.TemporaryDirectory() as directory:
+        matrix, factors = Path(directory) / "matrix.npy", Path(directory) / "factors.npz"
+        np.save(matrix, w)
+        for name in theirs:
+            assert peers is not None
+            peers.ask(contender=name, matrix=str(matrix), rank=case.rank, factors=str(factors))
+            with np.load(factors) as found:
+                scores[name] = score(w, true_s, (found["u"], found["s"], found["v"]))
+        for _ in range(rounds):
+            for name, f in contenders.items():
+                start = clock()
+                jax.block_until_ready(f(on_device))
+                times[name].append(clock() - start)
+            for name in theirs:
+                assert peers is not None
+                times[name].append(peers.ask(contender=name, matrix=str(matrix), rank=case.rank)["seconds"])
     rows = {}
-    for name in contenders:
+    for name in times:
         ratios = [full / own for full, own in zip(times["full"], times[name], strict=True)]
         rows[name] = {
             "median_ms": round(1e3 * statistics.median(times[name]), 3),
@@ -181,6 +229,22 @@ def run_case(case: Case, names: list[str], rounds: int) -> dict:
             **scores[name],
         }
     return {**asdict(case), "rounds": rounds, "contenders": rows}
+
+
+def find_misses(case: Case, rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Names of the targets that a case misses."""
+    missed = []
+    auto, loose = rows.get("auto"), rows.get("auto tolerance 1e-3")
+    if case.target and auto and (auto["ratio_to_full"] < case.target or auto["sigma_error"] > 1e-6):
+        missed.append(case.name)
+    if case.loose_target and loose:
+        name = f"{case.name} at excess {LARGEST_EXCESS:g}"
+        if loose["ratio_to_full"] < case.loose_target or loose["excess"] > LARGEST_EXCESS:
+            missed.append(name)
+        equal = [r["ratio_to_full"] for n, r in rows.items() if n.startswith("torch") and r["excess"] <= LARGEST_EXCESS]
+        if equal and max(equal) > loose["ratio_to_full"]:
+            missed.append(f"{name}, torch")
+    return missed
 
 
 def print_case(case: Case, result: dict) -> None:
@@ -200,6 +264,7 @@ def main() -> int:
     parser.add_argument("--cores", type=int, default=1, help="processor cores to run on (Linux)")
     parser.add_argument("--case", default="", help="only the cases whose name contains this")
     parser.add_argument("--contender", action="append", choices=list(CONTENDERS), help="only these, repeatable")
+    parser.add_argument("--peers", type=Path, help="the peers' virtual environment; made there where there is none")
     parser.add_argument("--sweep", action="store_true", help="the cases around the thresholds instead")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file written")
@@ -208,15 +273,16 @@ def main() -> int:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-arguments.cores :])
     results, missed = [], []
+    peers = Peers(arguments.peers) if arguments.peers else None
     for case in SWEEP if arguments.sweep else CASES:
         if arguments.case not in case.name:
             continue
-        result = run_case(case, arguments.contender or list(CONTENDERS), arguments.rounds)
+        result = run_case(case, arguments.contender or list(CONTENDERS), arguments.rounds, peers)
         print_case(case, result)
         results.append(result)
-        auto = result["contenders"].get("auto")
-        if case.target and auto and (auto["ratio_to_full"] < case.target or auto["sigma_error"] > 1e-6):
-            missed.append(case.name)
+        missed += find_misses(case, result["contenders"])
+    if peers is not None:
+        peers.leave()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": describe_machine(arguments.cores), "cases": results, "missed": missed}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
