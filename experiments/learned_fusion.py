@@ -108,9 +108,10 @@ def learn(
             label_field="label" if loss == "cross-entropy" else None,
             max_length=MAXIMUM_LENGTH,
             per=settings.per if config.method is None else "layer",
-            learn=None if config.method is None else ("coefficients", "tensors"),
+            learn=tuple(settings.learn) if config.method is None else ("coefficients", "tensors"),
             steps=settings.steps,
             learning_rate=settings.learning_rate,
+            pull=settings.pull,
         ),
         out,
     )
@@ -124,7 +125,7 @@ def run_group(group: Sequence[str], options: argparse.Namespace, scorer: Scorer,
     names = tuple(group)
     for task in tasks:
         yield Row(names, f"expert of {task.name}", None, scorer.score(task.model, names), 0.0)
-    for method in ("average", "relative", "relative_weighted"):
+    for method in ("average", "relative"):
         started = time.monotonic()
         out = work / "+".join(group) / method
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -168,13 +169,13 @@ def tabulate(rows: Sequence[Row]) -> list[str]:
         for method, found in by_method.items():
             cells = [str(estimate([row.accuracies[name] for row in found])) for name in group]
             differences = []
-            for peer in ("relative_weighted", "RegMean"):
+            for peer in ("relative", "RegMean"):
                 gain = compare(means(method), means(peer)) if method != peer and draws else None
                 shown = gain is not None and not method.startswith("expert")
                 differences += [f"{gain.signed}" if shown else "", f"{gain.least:+.3f}" if shown else ""]
             seconds = f"{np.median([row.seconds for row in found]):.0f}" if found[0].seconds else ""
             lines.append([method, *cells, f"{np.mean([row.mean for row in found]):.4f}", *differences, seconds])
-        head = ["merge", *group, "mean", "-untuned", "worst", "-RegMean", "worst", "seconds"]
+        head = ["merge", *group, "mean", "-relative", "worst", "-RegMean", "worst", "seconds"]
         text += ["", f"## {', '.join(group)}", "", table(head, lines)]
     return text
 
@@ -203,9 +204,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--regmean", nargs="*", choices=list(OBJECTIVES), default=["distillation"])
     parser.add_argument("--shares", nargs="*", type=float, default=[0.25, 0.5], help="of grafts (default: 0.25 0.5)")
     parser.add_argument("--rows", type=int, default=600, help="test rows of each task (default: 600)")
-    parser.add_argument("--per", default="layer")
+    parser.add_argument("--per", default="direction")
+    parser.add_argument("--learn", nargs="+", default=["directions"], help="of `relative` (default: directions)")
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=0.05)
+    parser.add_argument("--learning-rate", type=float, default=0.1)
+    parser.add_argument("--pull", type=float, default=0.0)
     parser.add_argument("--work", type=Path, help="keep all merges there")
     parser.add_argument("--out", type=Path, default=RESULTS / "learned_fusion")
     return parser.parse_args(arguments)
@@ -221,9 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     settings = {"tasks": options.tasks} | ({"pair": options.pair} if options.pair else {})
     settings |= {
         name: getattr(options, name)
-        for name in ("draws", "inputs", "losses", "regmean", "shares", "rows", "per", "steps")
+        for name in ("draws", "inputs", "losses", "regmean", "shares", "rows", "per", "learn", "steps")
     }
-    settings["learning_rate"] = options.learning_rate
+    settings |= {"learning_rate": options.learning_rate, "pull": options.pull}
     command = describe_command("learned_fusion", {"bench": "BENCH", **settings})
     rows: list[Row] = []
     with working_directory(options.work) as work:

@@ -110,7 +110,7 @@ TABLE = (
     Method(
         "relative_weighted",
         relative_weighted,
-        "Decorrelated departures from the mean, with a coefficient per model or direction: what is learned.",
+        "Decorrelated departures from the mean, with a coefficient per model or direction.",
         scale_equivariant=True,
         rotation_equivariant=True,
         stages=WEIGHTED_STAGES,

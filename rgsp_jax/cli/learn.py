@@ -18,6 +18,7 @@ from rgsp_jax.errors import RefusedError
 from rgsp_jax.learning import Granularity
 from rgsp_jax.pipeline import parse_config
 from rgsp_jax.training import OBJECTIVES, LearnResult, LearnSettings, Record, run_learning
+from rgsp_jax.training.learn import METHOD
 from rgsp_jax.training.settings import OPTIMISERS, POOLINGS, SCHEDULES
 
 SMOOTHING = 0.9
@@ -76,9 +77,9 @@ def show_learned(result: LearnResult) -> None:
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--data", multiple=True, required=True, help="Inputs of each model, in order: .jsonl, .txt or .npz.")
 @click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Directory to create.")
-@click.option("--method", "-m", help="Whose hyperparameters are learned. Default: relative_weighted.")
+@click.option("--method", "-m", help="Whose hyperparameters are learned. Default: relative.")
 @click.option("--learn", "names", multiple=True, metavar="NAME", help="Which of them. Default: all numbers it takes.")
-@click.option("--per", type=click.Choice(get_args(Granularity)), help="One value per this. Default: layer.")
+@click.option("--per", type=click.Choice(get_args(Granularity)), help="One value per this. Default: direction.")
 @click.option("--loss", type=click.Choice(list(OBJECTIVES)), help="Default: distillation, of features without heads.")
 @click.option("--head", "heads", multiple=True, help="Of each model without one: weight and bias, .safetensors.")
 @click.option("--pooling", type=click.Choice(POOLINGS), help="Of hidden states, for heads and features. Default: mean.")
@@ -131,7 +132,7 @@ def learn(
     for name in ("method", "base", "covariances", "include", "exclude", "dtype"):
         if (value := flags.pop(name)) not in (None, ()):
             fields[name] = value
-    fields.setdefault("method", "relative_weighted")
+    fields.setdefault("method", METHOD)
     problems: list[str] = []
     try:
         config = parse_config(fields, "command line")

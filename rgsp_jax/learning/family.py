@@ -99,7 +99,7 @@ class ModelFamily:
 
 def prepare_family(
     trees: Sequence[PyTree],
-    method: str | Method = "relative_weighted",
+    method: str | Method = "relative",
     *,
     learn: Sequence[str] | None = None,
     base: PyTree | None = None,
@@ -116,8 +116,8 @@ def prepare_family(
         trees: K >= 2 pytrees of one structure with leaves of equal shapes.
         method: whose run-time hyperparameters are learned; a name in `rgsp_jax.methods`.
         learn: which of them, and "tensors" for coefficients of the vectors and embeddings that the method averages.
-            By default all that are numbers by nature, and "tensors" where it averages the rest. What the method's
-            decompositions depend on (its rank) cannot be.
+            By default all that are numbers by nature, but for a scale beside values for each model, and "tensors"
+            where it averages the rest. What the method's decompositions depend on (its rank) cannot be.
         base, inputs: as in `rgsp_jax.merge`, for methods that need them.
         layout, model_type: how kernels are laid out, see `rgsp_jax.rules.classify`.
         mesh, axis: divide the family over an axis of a mesh, as `place_family` does; every device decomposes its own.
@@ -256,7 +256,7 @@ def start_coefficients(
 ) -> Coefficients:
     """Coefficients at which the family's member is the method with the settings it was prepared with.
 
-    Of `relative_weighted` that is one coefficient for all, by how far the models moved (of two models: their mean).
+    Of `relative` those are ones for directions and zeros for the rest.
 
     Args:
         family: of the models.
@@ -272,7 +272,7 @@ def start_coefficients(
             if select is not None and not select(name):
                 continue
             own = {key: family.starts[name][key] for key in wanted if key in family.starts[name]}
-            if per == "direction" and DIRECTIONS in own:
+            if per == "direction" and DIRECTIONS in own and own[DIRECTIONS].ndim == 1:
                 rank = group.solution.u.shape[-1]
                 own[DIRECTIONS] = jnp.repeat(own[DIRECTIONS][:, None], rank, axis=1)
             if own:
@@ -309,7 +309,7 @@ def find_own(family: ModelFamily, coefficients: Coefficients, name: str) -> dict
 def compose_tree(family: ModelFamily, coefficients: Coefficients) -> PyTree:
     """The family's member at some coefficients, in the first model's dtypes; differentiable in them.
 
-    `relative_weighted`: matrices are `mean + sum_k (sum_j a_kj u_kj v_kj^T + b_k rest_k)`, linear in a and b. Vectors
+    `relative`: matrices are `ancestor + scale sum_kj a_kj u_kj v_kj^T + sum_k b_k rest_k`, linear in a and b. Vectors
     and embeddings are `mean + sum_k c_k (theta_k - mean)`. What a leaf has no coefficients for is as at the start. The
     backward pass keeps no intermediate of a matrix (`jax.checkpoint`): it makes each again.
 

@@ -43,8 +43,13 @@ def unconstrain(method: Method, name: str, value: Array) -> Array:
 
 
 def has_start(method: Method, name: str, given: Mapping[str, Any]) -> bool:
-    """Whether it is a number, or numbers for each model, where it is not asked for by name."""
+    """Whether it is a number, or numbers for each model, where it is not asked for by name.
+
+    A scale of what has numbers for each model of its own would only say again what they say.
+    """
     value = given.get(name, method.defaults[name])
+    if name == "scale" and PER_MODEL & method.hyperparameters.keys():
+        return False
     return name in PER_MODEL or not (value is None or isinstance(value, str))
 
 

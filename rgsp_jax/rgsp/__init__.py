@@ -41,7 +41,6 @@ from rgsp_jax.rgsp.weighted import (
     distance_scale,
     prepare_weighted,
     relative_weighted,
-    weighted_parts,
 )
 
 __all__ = [
@@ -85,5 +84,4 @@ __all__ = [
     "solve_pair",
     "solve_relative",
     "trace_pair",
-    "weighted_parts",
 ]

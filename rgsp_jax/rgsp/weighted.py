@@ -57,11 +57,6 @@ def decorrelate(parts: WeightedSvds, active_rank: Array | int | None = None) -> 
     return WeightedParts(left, right, svds.u * svds.s[:, None, :], svds.v, parts.rho)
 
 
-def weighted_parts(stack: Float[Array, "k m n"], rank: int | float = 0.05) -> WeightedParts:
-    """Decompose and decorrelate K models."""
-    return decorrelate(prepare_weighted(stack, rank))
-
-
 def weighted_stats(parts: WeightedSvds, active_rank: Array | int | None) -> dict[str, Array]:
     """What the report says of one matrix."""
     svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
@@ -109,7 +104,7 @@ def relative_weighted(
     directions: Directions = None,
     rest: Rest = 0.0,
 ) -> MergeOutput:
-    """The family that learning chooses from: `W* = mean + sum_k a_k tau_k + b_k rest_k` (SPEC.md sections 2 and 3).
+    """Departures from the mean, weighed: `W* = mean + sum_k a_k tau_k + b_k rest_k` (SPEC.md sections 2 and 3).
 
     `tau_k` are the r leading directions of `theta_k - mean`, decorrelated from the other models' by the polar factors
     of all directions side by side; `rest_k` is what they leave of it. Directions that models share beyond rounding are

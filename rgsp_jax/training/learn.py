@@ -46,7 +46,7 @@ from rgsp_jax.training.settings import LearnSettings
 from rgsp_jax.training.task import Task, choose_objective, find_twins, open_tasks
 from rgsp_jax.types import InputStatistics
 
-METHOD = "relative_weighted"
+METHOD = "relative"
 """Whose coefficients are learned where no method is named."""
 CONFIG, HISTORY, STATE, KEY = "merge.yaml", "history.jsonl", "state", "run.json"
 CACHED_BYTES = 1_000_000_000
@@ -104,7 +104,7 @@ def run_learning(
     learned setting stays as `merge.yaml`, which `rgsp merge --config` reproduces the checkpoint from.
 
     Args:
-        config: models and method (`relative_weighted` by default), hyperparameters to start from.
+        config: models and method (`relative` by default), hyperparameters to start from.
         settings: data, loss, optimiser.
         out: directory to create.
         resume: go on with an `OUT.learning` that was interrupted; the steps are those of a run that was not, to the bit

@@ -49,7 +49,7 @@ class LearnSettings:
     """Of a distillation."""
     pull: float = 0.0
     """Weight of the squared distance from the start."""
-    per: Granularity = "layer"
+    per: Granularity = "direction"
     learn: tuple[str, ...] | None = None
     optimiser: str = "adam"
     schedule: str = "cosine"

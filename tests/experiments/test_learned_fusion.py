@@ -36,7 +36,7 @@ def test_a_small_run(script, bench, tmp_path):
     options = ["--bench", bench, "--tasks", *TASKS, "--draws", 2, "--inputs", 4]
     options += ["--losses", "distillation", "--regmean", "--shares", 0.5, "--steps", 2, "--out", tmp_path / "out"]
     rows = experiment.main(list(map(str, [*options, "--work", tmp_path / "work"])))
-    untuned = ["average", "relative", "relative_weighted"]
+    untuned = ["average", "relative"]
     methods = [*untuned, *["RegMean", "refitted, share 0.5", "learned, distillation"] * 2]
     assert [row.method for row in rows] == [*(f"expert of {name}" for name in TASKS), *methods]
     assert all(row.group == TASKS and set(row.accuracies) == set(TASKS) for row in rows)
@@ -50,7 +50,7 @@ def test_a_small_run(script, bench, tmp_path):
 def test_differences_are_paired_by_draw(script):
     experiment = script("learned_fusion")
     row = experiment.Row
-    rows = [row(("a",), "relative_weighted", None, {"a": 0.5}, 1.0)]
+    rows = [row(("a",), "relative", None, {"a": 0.5}, 1.0)]
     for draw, (regmean, learned) in enumerate([(0.4, 0.6), (0.6, 0.7)]):
         rows += [row(("a",), "RegMean", draw, {"a": regmean}, 2.0), row(("a",), "learned", draw, {"a": learned}, 3.0)]
     line = next(text for text in experiment.tabulate(rows)[-1].splitlines() if text.startswith("| learned"))

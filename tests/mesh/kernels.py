@@ -99,12 +99,12 @@ def solve_spectral(x):
 
 
 def relative_in_steps(stack):
-    parts = rgsp.weighted_parts(stack, R)
     prepared = rgsp.prepare_weighted(stack, R)
+    parts = rgsp.decorrelate(prepared)
     found = rgsp.solve_relative(rgsp.prepare_relative(stack, R))
     median = rgsp.nuclear_median(stack, R)
     solved = rgsp.solve_cores(stack, R, R)
-    composed = rgsp.compose(rgsp.decorrelate(prepared), stack, jnp.ones(stack.shape[0], stack.dtype), 0.5)
+    composed = rgsp.compose(parts, stack, jnp.ones(stack.shape[0], stack.dtype), 0.5)
     rho = rgsp.relative_distance(stack, stack[0])
     scale = rgsp.distance_scale(rho, len(stack))
     steps = (*found, median, *solved)
@@ -232,7 +232,7 @@ KERNELS = {
         lambda seed: (make_models(3, M, N, seed)[0],),
         frozenset(
             {
-                *("weighted_parts", "prepare_weighted", "decorrelate", "compose", "relative_distance"),
+                *("prepare_weighted", "decorrelate", "compose", "relative_distance"),
                 *("distance_scale", "decompose", "prepare_relative", "solve_relative", "nuclear_median"),
                 *("solve_cores", "decorrelate_directions"),
             }
