@@ -12,6 +12,7 @@ from rgsp_jax.merging.isotropic import ISO_C_STAGES, ISO_CTS_STAGES, iso_c, iso_
 from rgsp_jax.merging.karcher import karcher
 from rgsp_jax.merging.knots import knots
 from rgsp_jax.merging.model_stock import model_stock
+from rgsp_jax.merging.neuron_geometry import carry_neurons, couple_neurons, round_coupling
 from rgsp_jax.merging.otfusion import transport_neurons
 from rgsp_jax.merging.permutation import match_weights, permute
 from rgsp_jax.merging.regmean import regmean
@@ -30,7 +31,9 @@ __all__ = [
     "ace_merging",
     "average",
     "breadcrumbs",
+    "carry_neurons",
     "core_space",
+    "couple_neurons",
     "dare",
     "dare_ties",
     "della",
@@ -43,6 +46,7 @@ __all__ = [
     "model_stock",
     "permute",
     "regmean",
+    "round_coupling",
     "search_alpha",
     "slerp",
     "task_arithmetic",

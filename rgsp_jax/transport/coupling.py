@@ -26,13 +26,14 @@ def gromov_wasserstein(
     linear_cost: Float[Array, "ra rb"] | None = None,
     fused_penalty: float | Float[Array, ""] = 0.0,
     *,
+    initial: Float[Array, "ra rb"] | None = None,
     solver: str = "auto",
     tolerance: float | None = None,
     max_iterations: int = 1000,
 ) -> Coupling:
     """Entropic (fused) Gromov-Wasserstein coupling of two cost matrices (SPEC section 1, step 3).
 
-    A stationary point, reached from the product plan `a b'`, of
+    A stationary point, reached from the product plan `a b'` or another one, of
 
         min over P >= 0, P 1 = a, P' 1 = b of
             sum_ijkl |C_A(i,j) - C_B(k,l)|^2 P_ik P_jl + fused_penalty <M, P> - epsilon H(P),   H(P) = -sum P log P,
@@ -47,7 +48,7 @@ def gromov_wasserstein(
     Derivatives of `plan` and `cost` in both modes are implicit, at the fixed point, with respect to cost_a, cost_b,
     linear_cost, a, b, epsilon and fused_penalty, in memory of a few plans; those of `marginal_error` and `plan_change`
     are zero. They are finite also where the plan is not converged or the costs are degenerate, but mean something only
-    at a stable fixed point (`converged`). The derivative with respect to a masked weight is zero.
+    at a stable fixed point (`converged`). The derivatives with respect to masked weights and to `initial` are zero.
 
     Args:
         cost_a: [ra, ra], of order one (`normalize_jointly`), taken as symmetric: the symmetric part is used.
@@ -59,6 +60,8 @@ def gromov_wasserstein(
             (below about 1e-3 for costs in [0, 1]) may end unconverged.
         linear_cost: [ra, rb], the M of the fused problem; None for the plain one.
         fused_penalty: factor of the linear term; without a linear_cost it has no effect.
+        initial: [ra, rb], the plan to start from, with marginals a and b; None for `a b'`. There are many stationary
+            points, and the nearest is found: see `anneal_gromov_wasserstein`.
         solver: "stabilized", "ott" (through ott-jax, the reference), or "auto" for the faster, "stabilized".
         tolerance: L1 change of the plan (whose mass is one) by one more outer step at which iteration stops; None for
             5e-6 in float32 and 1e-9 in float64.
@@ -76,7 +79,8 @@ def gromov_wasserstein(
 
     Source: Peyre, Cuturi, Solomon 2016 (projected gradient); Vayer et al. 2019 (fused).
     """
-    _check_arguments(cost_a, cost_b, a, b, epsilon, linear_cost, fused_penalty, solver, tolerance, max_iterations)
+    optional = {"a": a, "b": b, "linear_cost": linear_cost, "initial": initial}
+    _check_arguments(cost_a, cost_b, optional, epsilon, fused_penalty, solver, tolerance, max_iterations)
     dtype = jnp.float64 if jnp.float64 in (jnp.result_type(cost_a), jnp.result_type(cost_b)) else jnp.float32
     tolerance = _TOLERANCES[dtype.__name__] if tolerance is None else float(tolerance)
     cost_a, cost_b = jnp.asarray(cost_a, dtype), jnp.asarray(cost_b, dtype)
@@ -88,11 +92,14 @@ def gromov_wasserstein(
     a = jnp.ones(shape[0], dtype) if a is None else jnp.asarray(a, dtype)
     b = jnp.ones(shape[1], dtype) if b is None else jnp.asarray(b, dtype)
     arrays = TransportProblem(cost_a, cost_b, linear, a, b, jnp.asarray(epsilon, dtype))
-    return _couple(_AUTO if solver == "auto" else solver, tolerance, max_iterations, arrays)
+    initial = None if initial is None else jnp.asarray(initial, dtype)
+    return _couple(_AUTO if solver == "auto" else solver, tolerance, max_iterations, arrays, initial)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _couple(solver: str, tolerance: float, max_iterations: int, arrays: TransportProblem) -> Coupling:
+def _couple(
+    solver: str, tolerance: float, max_iterations: int, arrays: TransportProblem, initial: Array | None
+) -> Coupling:
     a, mass_a = _normalize_weights(arrays.a)
     b, mass_b = _normalize_weights(arrays.b)
     well_posed = (arrays.epsilon > 0) & (mass_a > 0) & (mass_b > 0)
@@ -104,7 +111,10 @@ def _couple(solver: str, tolerance: float, max_iterations: int, arrays: Transpor
         b=b,
         epsilon=jnp.where(arrays.epsilon > 0, arrays.epsilon, 1),
     )
-    plan, plan_change = _solve(solver, tolerance, max_iterations, problem)
+    start = a[:, None] * b[None, :]
+    if initial is not None:
+        start = jnp.where(start > 0, initial, 0)
+    plan, plan_change = _solve(solver, tolerance, max_iterations, problem, jax.lax.stop_gradient(start))
     marginal_error = jnp.sum(jnp.abs(jnp.sum(plan, axis=1) - a)) + jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b))
     marginal_error = jax.lax.stop_gradient(marginal_error)
     attainable = max(tolerance, 2 * finest_marginal_tolerance(problem))
@@ -113,14 +123,14 @@ def _couple(solver: str, tolerance: float, max_iterations: int, arrays: Transpor
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _solve(solver: str, tolerance: float, max_iterations: int, problem: TransportProblem) -> Solution:
-    return SOLVERS[solver](problem, tolerance, max_iterations)
+def _solve(solver: str, tolerance: float, max_iterations: int, problem: TransportProblem, initial: Array) -> Solution:
+    return SOLVERS[solver](problem, initial, tolerance, max_iterations)
 
 
 @_solve.defjvp
 def _solve_jvp(solver, tolerance, max_iterations, primals, tangents) -> tuple[Solution, Solution]:
-    (problem,), (tangent,) = primals, tangents
-    solution = _solve(solver, tolerance, max_iterations, problem)
+    (problem, initial), (tangent, _) = primals, tangents
+    solution = _solve(solver, tolerance, max_iterations, problem, initial)
     change = differentiate_plan(problem, solution.plan, tangent)
     return solution, Solution(change, jnp.zeros_like(solution.plan_change))
 
@@ -136,9 +146,7 @@ def _normalize_weights(weights: Array) -> tuple[Array, Array]:
     return weights / jnp.where(mass > 0, mass, 1), mass
 
 
-def _check_arguments(
-    cost_a, cost_b, a, b, epsilon, linear_cost, fused_penalty, solver, tolerance, max_iterations
-) -> None:
+def _check_arguments(cost_a, cost_b, optional, epsilon, fused_penalty, solver, tolerance, max_iterations) -> None:
     wrong = []
     for name, cost in (("cost_a", cost_a), ("cost_b", cost_b)):
         shape = jnp.shape(cost)
@@ -146,8 +154,9 @@ def _check_arguments(
             wrong.append(f"{name} wants a square, non-empty matrix, got shape {shape}")
     if not wrong:
         ra, rb = jnp.shape(cost_a)[0], jnp.shape(cost_b)[0]
-        wanted = {"a": (a, (ra,)), "b": (b, (rb,)), "linear_cost": (linear_cost, (ra, rb))}
-        for name, (value, shape) in wanted.items():
+        wanted = {"a": (ra,), "b": (rb,), "linear_cost": (ra, rb), "initial": (ra, rb)}
+        for name, shape in wanted.items():
+            value = optional[name]
             if value is not None and jnp.shape(value) != shape:
                 wrong.append(f"{name} wants shape {shape} beside these costs, got {jnp.shape(value)}")
     for name, value in (("epsilon", epsilon), ("fused_penalty", fused_penalty)):

@@ -1,7 +1,8 @@
-"""Solvers of the entropic Gromov-Wasserstein problem: projected gradient from the product of the marginals.
+"""Solvers of the entropic Gromov-Wasserstein problem: projected gradient from a plan.
 
-Both iterate `P <- projection of exp(-(2 G(P) + T) / epsilon) on the marginals` from `P = a b'`, as POT and ott-jax do
-(Peyre, Cuturi, Solomon 2016), so that they reach the same stationary point; they differ in how they project.
+Both iterate `P <- projection of exp(-(2 G(P) + T) / epsilon) on the marginals` from the given plan, as POT and ott-jax
+do from `a b'` (Peyre, Cuturi, Solomon 2016), so that they reach the same stationary point; they differ in how they
+project.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,8 @@ class Solution(NamedTuple):
     plan_change: Float[Array, ""]
 
 
-Solver = Callable[[TransportProblem, float, int], Solution]
+Solver = Callable[[TransportProblem, Array, float, int], Solution]
+"""Of a problem, the plan to start from, the tolerance of a step's change and the most steps."""
 
 
 def finest_marginal_tolerance(problem: TransportProblem) -> float:
@@ -47,7 +49,9 @@ class _Stabilized(NamedTuple):
     change: Array
 
 
-def solve_stabilized(problem: TransportProblem, tolerance: float, max_iterations: int) -> Solution:
+def solve_stabilized(
+    problem: TransportProblem, initial: Float[Array, "ra rb"], tolerance: float, max_iterations: int
+) -> Solution:
     """Outer steps on centred costs, each projected by Sinkhorn scalings and Newton steps from the last potentials."""
     linearization = linearize(problem)
     finest = max(finest_marginal_tolerance(problem), 1e-2 * tolerance)
@@ -59,8 +63,7 @@ def solve_stabilized(problem: TransportProblem, tolerance: float, max_iterations
         change = jnp.sum(jnp.abs(scaled.plan - last.upcoming))
         return _Stabilized(last.upcoming, scaled.plan, scaled.potential, change)
 
-    product = problem.a[:, None] * problem.b[None, :]
-    start = _Stabilized(product, product, jnp.zeros_like(problem.b), jnp.ones_like(problem.epsilon))
+    start = _Stabilized(initial, initial, jnp.zeros_like(problem.b), jnp.ones_like(problem.epsilon))
     # The step that shows a plan to be a fixed point is the one that measures its change: that plan is the answer.
     state = _iterate(step, start, tolerance, max_iterations)
     return Solution(state.plan, state.change)
@@ -81,7 +84,9 @@ class _Ott(NamedTuple):
         return jnp.matmul(self.matrix.T if axis == 0 else self.matrix, inputs)
 
 
-def solve_with_ott(problem: TransportProblem, tolerance: float, max_iterations: int) -> Solution:
+def solve_with_ott(
+    problem: TransportProblem, initial: Float[Array, "ra rb"], tolerance: float, max_iterations: int
+) -> Solution:
     """Outer steps through ott-jax: its linearisation and its log-domain Sinkhorn with warm potentials.
 
     The gradient that ott hands to Sinkhorn is half that of the objective, hence `epsilon_ott = epsilon / 2` and
@@ -115,8 +120,7 @@ def solve_with_ott(problem: TransportProblem, tolerance: float, max_iterations: 
             return _Ott(plan, out.f, out.g, jnp.sum(jnp.abs(plan - last.matrix)))
 
         f, g = (jnp.where(w > 0, jnp.zeros_like(w), -jnp.inf) for w in (problem.a, problem.b))
-        product = problem.a[:, None] * problem.b[None, :]
-        start = _Ott(product, f, g, jnp.ones_like(problem.epsilon))
+        start = _Ott(initial, f, g, jnp.ones_like(problem.epsilon))
         state = _iterate(step, start, tolerance, max_iterations)
     plan = fit_marginals(state.matrix, problem.a, problem.b)
     finest = jnp.full_like(problem.epsilon, finest_marginal_tolerance(problem))
