@@ -85,6 +85,12 @@ def couple(points_a, points_b):
     return coupling, transport.share_by_row(*costs, coupling.plan)
 
 
+def anneal(points_a, points_b):
+    costs = [transport.squared_distances(points.T) for points in (points_a, points_b)]
+    coupling = transport.anneal_gromov_wasserstein(*costs, end=0.5, stages=2)
+    return coupling.plan, coupling.cost, transport.critical_epsilon(*costs)
+
+
 def pair_in_steps(stack):
     parts = rgsp.prepare_pair(stack, R)
     again = rgsp.pair_svds(parts.a, parts.b)
@@ -143,6 +149,12 @@ def align_neurons(ours, theirs):
     return matching.permutations, merging.permute(theirs, SPEC, matching.permutations), moved.params
 
 
+def couple_geometries(ours, theirs):
+    plans = {layer: found.plan for layer, found in merging.couple_neurons(ours, theirs, SPEC, stages=2).items()}
+    orders = {layer: merging.round_coupling(plan) for layer, plan in plans.items()}
+    return plans, orders, merging.carry_neurons(theirs, SPEC, plans)
+
+
 def draw_models(seed):
     shapes = [(6, 5), (6,), (4, 6)]
     return tuple(dict(zip(SPEC, normals(*shapes)(2 * seed + i), strict=True)) for i in range(2))
@@ -191,7 +203,12 @@ KERNELS = {
     "bases": Kernel(
         compare_bases, orthonormal, frozenset({"principal_angles", "subspace_overlap", "subspace_movement"})
     ),
-    "gromov_wasserstein": Kernel(couple, normals((6, 4), (6, 4)), frozenset(transport.__all__)),
+    "gromov_wasserstein": Kernel(
+        couple,
+        normals((6, 4), (6, 4)),
+        frozenset({"gromov_wasserstein", "normalize_jointly", "share_by_row", "squared_distances"}),
+    ),
+    "annealed": Kernel(anneal, normals((6, 4), (6, 4)), frozenset({"anneal_gromov_wasserstein", "critical_epsilon"})),
     "elements": Kernel(
         compare_elements,
         lambda seed: (*normals((2, M, N))(seed), np.array([1, 5, 7])),
@@ -239,6 +256,9 @@ KERNELS = {
         ),
     ),
     "neurons": Kernel(align_neurons, draw_models, frozenset({"match_weights", "transport_neurons", "permute"})),
+    "geometries": Kernel(
+        couple_geometries, draw_models, frozenset({"couple_neurons", "carry_neurons", "round_coupling"})
+    ),
     "fisher": Kernel(
         merging.fisher,
         lambda seed: tuple(np.abs(x) for x in normals((3, M, N), (3, M, N))(seed)),
