@@ -29,6 +29,8 @@ ELSEWHERE = {
     "rows_divided": "reads the mesh",
     "resolve_rank": "of Python numbers",
     "can_tell_apart": "of Python numbers",
+    "count_relative": "of Python numbers",
+    "limit_relative_rank": "of Python numbers",
     "chance_of_coincidences": "of Python numbers",
     "interpolation_weights": "of Python numbers",
     "check_learned": "of settings",
