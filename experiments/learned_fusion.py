@@ -7,11 +7,11 @@ brings the tokenisers.
 
 `BENCH/<task>/` is as `text_encoders.py` describes it, with `train.jsonl` beside. A draw takes `--inputs` rows of every
 task's train.jsonl at random: RegMean has the covariances of these inputs, `rgsp learn` learns the coefficients of
-`relative_weighted` (rank 5 %) by `--losses`, and the models' weights in every layer of RegMean by `--regmean`; only the
-loss cross-entropy sees labels. `--shares` refits layer by layer on what the refitted layers before feed it (`rgsp
-graft` with everybody's inputs, the first task's model the recipient): distillation in closed form. Every merge is
-scored on the first `--rows` test rows with each task's own head. Differences are paired by draw; merges without
-data do not depend on it; `untuned` is `relative_weighted` as it is, where learning starts.
+`relative` by `--losses`, and the models' weights in every layer of RegMean by `--regmean`; only the loss cross-entropy
+sees labels. `--shares` refits layer by layer on what the refitted layers before feed it (`rgsp graft` with everybody's
+inputs, the first task's model the recipient): distillation in closed form. Every merge is scored on the first `--rows`
+test rows with each task's own head. Differences are paired by draw; merges without data do not depend on it; learning
+starts at `relative`. A run that was broken off goes on with `--resume`.
 
 Expected on all-MiniLM-L6-v2 encoders of TREC, SUBJ and MR, `--losses distillation+features --regmean`, mean accuracy of
 the three: average .840, RegMean .840, relative_weighted untuned .865, learned .868 (the table, recorded when that was
@@ -22,8 +22,9 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ class Row:
         return float(np.mean(list(self.accuracies.values())))
 
 
+Key = tuple[tuple[str, ...], str, int | None]
+"""Group, method and draw of a row."""
+Entry = tuple[str, int | None, Callable[[], Path]]
+"""Method, draw, and what makes the merge."""
+
+
 def draw_inputs(bench: Path, task: str, count: int, draw: int, out: Path) -> Path:
     """Write `count` random training rows of a task."""
     lines = (bench / task / "train.jsonl").read_text().splitlines()
@@ -68,15 +75,21 @@ def draw_inputs(bench: Path, task: str, count: int, draw: int, out: Path) -> Pat
     return path
 
 
-def run_regmean(models: Sequence[str], data: Sequence[Path], work: Path) -> tuple[Path, tuple[str, ...]]:
-    """RegMean with the covariances of these inputs, and their files."""
+def collect(models: Sequence[str], data: Sequence[Path], work: Path) -> tuple[str, ...]:
+    """Covariances of these inputs, collected where they are not there yet."""
     paths = [work / f"{path.stem}.covariances.safetensors" for path in data]
     settings = CovarianceSettings(held_back=0, backend="flax")
     for model, path, file in zip(models, data, paths, strict=True):
-        collect_covariances(model, path, file, settings)
-    out, files = work / "regmean", tuple(map(str, paths))
-    merge_checkpoints(MergeConfig(models=tuple(models), method="regmean", covariances=files), out)
-    return out, files
+        if not file.exists():
+            collect_covariances(model, path, file, settings)
+    return tuple(map(str, paths))
+
+
+def merge(models: Sequence[str], method: str, out: Path, covariances: tuple[str, ...] = ()) -> Path:
+    """Merge with a method as it is."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    merge_checkpoints(MergeConfig(models=tuple(models), method=method, covariances=covariances), out)
+    return out
 
 
 def refit(models: Sequence[str], data: Sequence[Path], share: float, out: Path) -> Path:
@@ -118,37 +131,64 @@ def learn(
     return out
 
 
-def run_group(group: Sequence[str], options: argparse.Namespace, scorer: Scorer, work: Path) -> Iterator[Row]:
-    """Yield every merge of one group of tasks."""
-    tasks = [scorer.tasks[name] for name in group]
+def merge_regmean(models: Sequence[str], data: Sequence[Path], place: Path) -> Path:
+    """RegMean with the covariances of these inputs."""
+    return merge(models, "regmean", place / "regmean", collect(models, data, place))
+
+
+def learn_regmean(
+    models: Sequence[str], tasks: Sequence[Task], data: Sequence[Path], loss: str, place: Path, settings: Any
+) -> Path:
+    """RegMean with the models' weights learned from these inputs."""
+    config = MergeConfig(models=tuple(models), method="regmean", covariances=collect(models, data, place))
+    return learn(config, tasks, data, loss, place / f"regmean-{loss}", settings)
+
+
+def list_merges(tasks: Sequence[Task], options: argparse.Namespace, work: Path) -> Iterator[Entry]:
+    """Yield every merge of one group of tasks: its name, its draw, and what makes it."""
     models = [str(task.model) for task in tasks]
-    names = tuple(group)
-    for task in tasks:
-        yield Row(names, f"expert of {task.name}", None, scorer.score(task.model, names), 0.0)
+    config = MergeConfig(models=tuple(models))
     for method in ("average", "relative"):
-        started = time.monotonic()
-        out = work / "+".join(group) / method
-        out.parent.mkdir(parents=True, exist_ok=True)
-        merge_checkpoints(MergeConfig(models=tuple(models), method=method), out)
-        yield Row(names, method, None, scorer.score(out, names), time.monotonic() - started)
+        yield method, None, partial(merge, models, method, work / method)
     for draw in range(options.draws):
-        place = work / "+".join(group) / f"draw-{draw}"
-        data = [draw_inputs(options.bench, name, options.inputs, draw, place) for name in group]
-        started = time.monotonic()
-        out, files = run_regmean(models, data, place)
-        yield Row(names, "RegMean", draw, scorer.score(out, names), time.monotonic() - started)
+        place = work / f"draw-{draw}"
+        data = [draw_inputs(options.bench, task.name, options.inputs, draw, place) for task in tasks]
+        yield "RegMean", draw, partial(merge_regmean, models, data, place)
         for share in options.shares:
+            yield f"refitted, share {share:g}", draw, partial(refit, models, data, share, place / f"refitted-{share}")
+        for loss in options.losses:
+            yield f"learned, {loss}", draw, partial(learn, config, tasks, data, loss, place / loss, options)
+        for loss in options.regmean:
+            made = partial(learn_regmean, models, tasks, data, loss, place, options)
+            yield f"RegMean learned, {loss}", draw, made
+
+
+def run_group(
+    group: Sequence[str], options: argparse.Namespace, scorer: Scorer, work: Path, known: Mapping[Key, Row]
+) -> Iterator[Row]:
+    """Yield every expert and every merge of one group of tasks, scored; those that are `known` are not made again."""
+    names = tuple(group)
+    tasks = [scorer.tasks[name] for name in names]
+    for task in tasks:
+        key = names, f"expert of {task.name}", None
+        yield known.get(key) or Row(*key, scorer.score(task.model, names), 0.0)
+    for method, draw, make in list_merges(tasks, options, work / "+".join(names)):
+        if (row := known.get((names, method, draw))) is None:
             started = time.monotonic()
-            out = refit(models, data, share, place / f"refitted-{share}")
-            yield Row(names, f"refitted, share {share:g}", draw, scorer.score(out, names), time.monotonic() - started)
-        config = MergeConfig(models=tuple(models))
-        weighed = MergeConfig(models=tuple(models), method="regmean", covariances=files)
-        entries = [(f"learned, {loss}", config, loss, place / loss) for loss in options.losses]
-        entries += [(f"RegMean learned, {loss}", weighed, loss, place / f"regmean-{loss}") for loss in options.regmean]
-        for label, settings, loss, out in entries:
-            started = time.monotonic()
-            learn(settings, tasks, data, loss, out, options)
-            yield Row(names, label, draw, scorer.score(out, names), time.monotonic() - started)
+            out = make()
+            row = Row(names, method, draw, scorer.score(out, names), time.monotonic() - started)
+        yield row
+
+
+def read_known(out: Path, settings: Mapping[str, Any]) -> dict[Key, Row]:
+    """Return the rows of a run with these settings that was broken off."""
+    path = out.with_suffix(".json")
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if record.get("settings") != settings:
+        return {}
+    fields = ("method", "draw", "accuracies", "seconds")
+    rows = [Row(tuple(row["group"]), *(row[name] for name in fields)) for row in record["rows"]]
+    return {(row.group, row.method, row.draw): row for row in rows}
 
 
 def tabulate(rows: Sequence[Row]) -> list[str]:
@@ -211,6 +251,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pull", type=float, default=0.0)
     parser.add_argument("--work", type=Path, help="keep all merges there")
     parser.add_argument("--out", type=Path, default=RESULTS / "learned_fusion")
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds of a run with these settings")
     return parser.parse_args(arguments)
 
 
@@ -228,13 +269,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     }
     settings |= {"learning_rate": options.learning_rate, "pull": options.pull}
     command = describe_command("learned_fusion", {"bench": "BENCH", **settings})
+    known = read_known(options.out, settings) if options.resume else {}
     rows: list[Row] = []
     with working_directory(options.work) as work:
         # Every draw compiles the same steps, which takes as long as to run them.
         if jax.config.values["jax_compilation_cache_dir"] is None:
             jax.config.update("jax_compilation_cache_dir", str(work.absolute() / "compiled"))
         for group in groups:
-            for row in run_group(group, options, scorer, work):
+            for row in run_group(group, options, scorer, work, known):
                 rows.append(row)
                 shown = "  ".join(f"{name} {x:.4f}" for name, x in row.accuracies.items())
                 where = "" if row.draw is None else f"draw {row.draw}: "

@@ -45,6 +45,11 @@ def test_a_small_run(script, bench, tmp_path):
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["command"].startswith("python experiments/learned_fusion.py --bench BENCH")
     assert len(record["rows"]) == len(rows) and "learned, distillation" in record["headline"]
+    (tmp_path / "out.json").write_text(json.dumps(record | {"rows": record["rows"][:-1]}))
+    again = experiment.main(list(map(str, [*options, "--work", tmp_path / "again", "--resume"])))
+    assert again[:-1] == rows[:-1] and again[-1].accuracies == rows[-1].accuracies  # the last alone was made again
+    made = sorted(path.name for path in (tmp_path / "again" / "+".join(TASKS) / "draw-1").iterdir() if path.is_dir())
+    assert made == ["distillation", "distillation.learning"]
 
 
 def test_differences_are_paired_by_draw(script):
