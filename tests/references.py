@@ -46,7 +46,7 @@ def nuclear_median(cores, steps=5, floor=1e-2):
     return median * size
 
 
-def relative(stack, rank, scale=1.5, directions=1.0, rest=0.0):
+def relative(stack, rank, scale=1.5, directions=1.0, rest=0.0, reach=0.03):
     """`relative` by full SVDs and dense systems (three or more models that differ)."""
     stack = np.asarray(stack, np.float64)
     count, m, n = stack.shape
@@ -64,7 +64,9 @@ def relative(stack, rank, scale=1.5, directions=1.0, rest=0.0):
     v = polar(np.concatenate([vt[:rank].T for _, _, vt in sides], axis=1))
     s = np.concatenate([s[:rank] for _, s, _ in sides])
     a = np.broadcast_to(np.reshape(directions, (-1, 1)) if np.ndim(directions) == 1 else directions, (count, rank))
-    merged = mean + left @ (ancestor + scale * (u * s * a.ravel()) @ v.T) @ right.T
+    rho = np.linalg.norm(stack - mean, axis=(1, 2)).mean() / np.linalg.norm(mean)
+    trust = 1 / (1 + (rho / reach) ** 2)
+    merged = mean + trust * left @ (ancestor + scale * (u * s * a.ravel()) @ v.T) @ right.T
     for b, d, core in zip(np.broadcast_to(rest, count), stack - mean, cores, strict=True):
         merged = merged + b * (d - left @ core @ right.T)
     return merged

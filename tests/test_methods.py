@@ -247,8 +247,8 @@ def test_values_out_of_range_are_named(name, hyperparameter, value):
 @given(seed=seeds, shape=shapes, count=st.sampled_from([3, 5]), rank=st.integers(1, 2))
 def test_relative_against_the_oracle(seed, shape, count, rank):
     stack = siblings(seed, count, shape)
-    merged = compiled("relative", rank=rank)(stack).merged
-    assert_equal(merged, references.relative(stack, rank), 1e-8)
+    merged = compiled("relative", rank=rank, reach=0.5)(stack).merged
+    assert_equal(merged, references.relative(stack, rank, reach=0.5), 1e-8)
 
 
 def test_relative_of_two_is_their_mean_and_of_dependent_models_is_finite():

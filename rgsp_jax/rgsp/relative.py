@@ -21,6 +21,12 @@ FLOOR = 1e-2
 """Of squared singular values in the median's weights, in units of their mean over models and directions."""
 
 Scale = Annotated[Any, Hyperparameter("of the departure from the ancestor; 1 is as far as each model went", low=0)]
+Reach = Annotated[
+    Any,
+    Hyperparameter(
+        "distance rho between the models at which half of the correction is left", low=0, exclusive_low=True
+    ),
+]
 Departures = Annotated[
     Any,
     Hyperparameter("coefficients of the models' departures, in units of scale: one, one per model, or per direction"),
@@ -35,10 +41,11 @@ def relative(
     rank: Rank = 32,
     active_rank: ActiveRank = None,
     scale: Scale = 1.5,
+    reach: Reach = 0.03,
     directions: Departures = 1.0,
     rest: Outside = 0.0,
 ) -> MergeOutput:
-    """Base-free K-way merge: `W* = ancestor + scale U diag(S) V^T`, the ancestor estimated from the models.
+    """Base-free K-way merge: `ancestor + scale U diag(S) V^T`, the ancestor estimated from the models, near them.
 
     With `D_k = theta_k - mean` and Y_u, Y_v orthonormal bases of all models' r leading left and right singular vectors
     of D_k, everything happens to the cores `c_k = Y_u^T D_k Y_v`:
@@ -48,11 +55,13 @@ def relative(
     2. the r leading directions of every departure `c_k - C` are decorrelated: U and V are the polar factors of all
        models' vectors side by side, S their singular values.
 
-    `W* = mean + Y_u (C + scale U diag(S) V^T) Y_v^T`. Equal copies return the copy. Two models give their mean:
-    `D_2 = -D_1`, and nothing in the weights tells which of them moved.
+    `W* = mean + t Y_u (C + scale U diag(S) V^T) Y_v^T` with `t = 1 / (1 + (rho / reach)^2)`: the farther apart the
+    models are, `rho = mean_k |D_k| / |mean|`, the less is gained by leaving their mean, and the more is lost where the
+    estimate is wrong. Equal copies return the copy. Two models give their mean: `D_2 = -D_1`, and nothing in the
+    weights tells which of them moved.
 
     Learning chooses from the family around it, linear in a and b:
-    `mean + Y_u (C + scale sum_k U_k diag(a_k S_k) V_k^T) Y_v^T + sum_k b_k (D_k - Y_u c_k Y_v^T)`. Two models share
+    `mean + t Y_u (C + scale sum_k U_k diag(a_k S_k) V_k^T) Y_v^T + sum_k b_k (D_k - Y_u c_k Y_v^T)`. Two models share
     their directions, each has half of what is along them, and `a_1 - a_2` counts.
 
     Args:
@@ -60,13 +69,14 @@ def relative(
         rank: directions kept of each model, at most min(m, n) / K; a fraction is of min(m, n).
         active_rank: run-time rank; the result equals that at this rank.
         scale: a number.
+        reach: a rho, dimensionless; a large number keeps the correction whole at any distance.
         directions: a, a number, [K] or [K, directions kept].
         rest: b, a number (which adds nothing, as `sum_k D_k = 0`) or [K].
 
     Gargiulo et al., Task Singular Vectors (CVPR 2025), for the decorrelation, there about a given base.
     """
     parts = prepare_relative(stack, rank, active_rank)
-    return build_relative(stack, parts, solve_relative(parts, active_rank), active_rank, scale, directions, rest)
+    return build_relative(stack, parts, solve_relative(parts, active_rank), active_rank, scale, reach, directions, rest)
 
 
 class RelativeParts(NamedTuple):
@@ -220,6 +230,7 @@ def build_relative(
     solution: RelativeSolution,
     active_rank: Array | int | None = None,
     scale: Array | float = 1.5,
+    reach: Array | float = 0.03,
     directions: Array | float = 1.0,
     rest: Array | float = 0.0,
 ) -> MergeOutput:
@@ -228,7 +239,8 @@ def build_relative(
     if active_rank is not None:
         active_rank = jnp.minimum(active_rank, parts.svds.s.shape[-1])
     svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
-    stats = svd_stats(svds, active_rank) | {"rho": parts.rho, "scale": jnp.asarray(scale, dtype)}
+    trust = trust_correction(parts.rho, reach)
+    stats = svd_stats(svds, active_rank) | {"rho": parts.rho, "trust": trust, "scale": jnp.asarray(scale, dtype)}
     mean = stack_mean(stack)
     a, b = jnp.asarray(directions, dtype), jnp.asarray(rest, dtype)
     core = solution.ancestor
@@ -238,11 +250,16 @@ def build_relative(
         core = core + jnp.asarray(scale, dtype) * join_directions(u, solution.v)
     elif not b.ndim:
         return MergeOutput(mean, stats)
-    merged = mean
+    core, merged = trust * core, mean
     if b.ndim:
         core = core - jnp.tensordot(b, parts.cores, axes=1, precision=PRECISION)
         merged = merged + jnp.tensordot(b, stack - mean[None], axes=1, precision=PRECISION)
     return MergeOutput(merged + multiply(multiply(parts.left, core), parts.right.T), stats)
+
+
+def trust_correction(rho: Float[Array, ""], reach: Array | float) -> Float[Array, ""]:
+    """`t = 1 / (1 + (rho / reach)^2)`, see `relative`."""
+    return 1 / (1 + (rho / jnp.asarray(reach, rho.dtype)) ** 2)
 
 
 def project(

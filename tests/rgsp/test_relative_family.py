@@ -17,6 +17,8 @@ from rgsp_jax.pipeline import merge_checkpoints, parse_config
 RANK = 3
 DIRECTIONS = np.array([[1.0, 0.5, 2.0], [0.3, -1.2, 0.8], [1.1, 0.9, 0.4]])
 REST = np.array([0.3, -0.2, 0.1])
+WHOLE = 1e9
+"""A reach that leaves the correction as it is, however far apart the models are."""
 
 
 def draw(shape=(12, 10), count=3):
@@ -26,8 +28,8 @@ def draw(shape=(12, 10), count=3):
 
 
 @functools.partial(jax.jit, static_argnames=("rank",))
-def merge(stack, directions, rest, active_rank=None, rank=RANK):
-    settings = {"directions": directions, "rest": rest}
+def merge(stack, directions, rest, active_rank=None, rank=RANK, reach=WHOLE):
+    settings = {"directions": directions, "rest": rest, "reach": reach}
     return methods["relative"](stack, rank=rank, active_rank=active_rank, scale=1.3, **settings).merged
 
 
@@ -35,9 +37,22 @@ def merge(stack, directions, rest, active_rank=None, rank=RANK):
 def test_against_the_oracle(per):
     stack = draw()
     directions = DIRECTIONS[:, 0] if per == "model" else DIRECTIONS
-    expected = references.relative(stack, RANK, 1.3, directions, REST)
-    assert np.abs(expected - references.relative(stack, RANK, 1.3)).max() > 0.1
+    expected = references.relative(stack, RANK, 1.3, directions, REST, WHOLE)
+    assert np.abs(expected - references.relative(stack, RANK, 1.3, reach=WHOLE)).max() > 0.1
     np.testing.assert_allclose(merge(jnp.asarray(stack), directions, REST), expected, rtol=0, atol=1e-8)
+
+
+def test_models_far_apart_stay_near_their_mean():
+    """At rho = reach half of the correction is left; what no direction reaches is not touched by it."""
+    stack, directions = draw(), DIRECTIONS
+    rho = np.linalg.norm(stack - stack.mean(0), axis=(1, 2)).mean() / np.linalg.norm(stack.mean(0))
+    whole, half = (
+        np.asarray(merge(jnp.asarray(stack), directions, 0.0, reach=reach)) - stack.mean(0) for reach in (WHOLE, rho)
+    )
+    assert np.abs(whole).max() > 0.1
+    np.testing.assert_allclose(half, whole / 2, rtol=0, atol=1e-8)
+    expected = references.relative(stack, RANK, 1.3, directions, REST, 0.1)
+    np.testing.assert_allclose(merge(jnp.asarray(stack), directions, REST, reach=0.1), expected, rtol=0, atol=1e-8)
 
 
 def test_a_smaller_rank_at_run_time_is_that_rank():
@@ -50,7 +65,7 @@ def test_a_smaller_rank_at_run_time_is_that_rank():
 @pytest.mark.parametrize("count", [2, 3])
 def test_ones_and_zeros_are_the_merge_bit_for_bit(count):
     stack = jnp.asarray(draw(count=count).astype(np.float32))
-    untuned = jax.jit(lambda stack: methods["relative"](stack, rank=RANK, scale=1.3).merged)(stack)
+    untuned = jax.jit(lambda stack: methods["relative"](stack, rank=RANK, scale=1.3, reach=WHOLE).merged)(stack)
     np.testing.assert_array_equal(merge(stack, np.ones(count), np.zeros(count)), untuned)
     np.testing.assert_array_equal(merge(stack, np.ones((count, RANK)), np.zeros(count)), untuned)
 
