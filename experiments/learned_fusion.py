@@ -13,9 +13,8 @@ inputs, the first task's model the recipient): distillation in closed form. Ever
 test rows with each task's own head. Differences are paired by draw; merges without data do not depend on it; learning
 starts at `relative`. A run that was broken off goes on with `--resume`.
 
-Expected on all-MiniLM-L6-v2 encoders of TREC, SUBJ and MR, `--losses distillation+features --regmean`, mean accuracy of
-the three: average .840, RegMean .840, relative_weighted untuned .865, learned .868 (the table, recorded when that was
-called `relative`: experiments/results/learned_fusion.md).
+Expected: the tables in experiments/results are of an older family, `relative_weighted` with one coefficient per layer and
+model (there called `relative`); none is recorded yet of coefficients per direction around today's `relative`.
 """
 
 import argparse

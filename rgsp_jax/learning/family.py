@@ -116,7 +116,7 @@ def prepare_family(
         trees: K >= 2 pytrees of one structure with leaves of equal shapes.
         method: whose run-time hyperparameters are learned; a name in `rgsp_jax.methods`.
         learn: which of them, and "tensors" for coefficients of the vectors and embeddings that the method averages.
-            By default all that are numbers by nature, but for a scale beside values for each model, and "tensors"
+            By default all that are numbers by nature, but for a common factor of values for each model, and "tensors"
             where it averages the rest. What the method's decompositions depend on (its rank) cannot be.
         base, inputs: as in `rgsp_jax.merge`, for methods that need them.
         layout, model_type: how kernels are laid out, see `rgsp_jax.rules.classify`.

@@ -10,6 +10,8 @@ from jaxtyping import Array
 from rgsp_jax.method import MASKED, PER_MODEL, SQUARES, Method
 from rgsp_jax.rgsp import distance_scale
 
+COMMON = frozenset({"scale", "reach"})
+"""Hyperparameters that multiply all that a method adds to the mean or the base."""
 SMALLEST = 1e-3
 """Where learning starts what may be zero and is: a logarithm of zero goes nowhere."""
 
@@ -45,10 +47,10 @@ def unconstrain(method: Method, name: str, value: Array) -> Array:
 def has_start(method: Method, name: str, given: Mapping[str, Any]) -> bool:
     """Whether it is a number, or numbers for each model, where it is not asked for by name.
 
-    A scale of what has numbers for each model of its own would only say again what they say.
+    A common factor of what has numbers for each model of its own would only say again what they say.
     """
     value = given.get(name, method.defaults[name])
-    if name == "scale" and PER_MODEL & method.hyperparameters.keys():
+    if name in COMMON and PER_MODEL & method.hyperparameters.keys():
         return False
     return name in PER_MODEL or not (value is None or isinstance(value, str))
 

@@ -312,7 +312,7 @@ def test_losses_against_numpy():
 def problem():
     """Experts of a linear map, each right on its own inputs: learning is to answer as they do."""
     trees = [{"dense": {"kernel": tree["dense"]["kernel"]}} for tree in make_trees(3, spread=1.0)]
-    family = learning.prepare_family(trees, rank=RANK)
+    family = learning.prepare_family(trees, rank=RANK, reach=1e9)  # however far apart they are
     rng = np.random.default_rng(3)
     inputs = [jnp.asarray(rng.normal(size=(20, 8)) * (np.arange(8) % 3 == k)) for k in range(3)]
     answers = [x @ tree["dense"]["kernel"] for x, tree in zip(inputs, trees, strict=True)]

@@ -24,6 +24,8 @@ from rgsp_jax.training import LearnSettings, run_learning
 from rgsp_jax.training.learn import HISTORY, STATE
 from rgsp_jax.training.objectives import OBJECTIVES, Answer, Batch, measure_spread
 
+FAR = {"rank": 2, "reach": 1e9}
+"""Random siblings are far apart: the correction is taken whole, so that there is something to learn."""
 QUICK = dict(steps=6, batch_size=4, save_every=2, learning_rate=0.02)
 
 
@@ -100,7 +102,7 @@ class StoppedError(Exception):
 
 
 def test_a_run_that_is_interrupted_ends_as_one_that_is_not_and_its_config_needs_no_data(encoders, tmp_path):
-    config = configure(encoders, hyperparameters={"rank": 2}, exclude=("pooler.*",))
+    config = configure(encoders, hyperparameters=FAR, exclude=("pooler.*",))
     settings = settle(encoders, heads=True, per="direction")
     whole = run_learning(config, settings, tmp_path / "whole")
     assert whole.loss_after < whole.loss_before and whole.steps == 6 and whole.resumed_steps == 0
@@ -148,7 +150,7 @@ def share_work(place):
 
     Plain gradient descent: Adam makes whole steps of the rounding where a gradient is zero, as of a key's bias.
     """
-    config = configure(place, 2, hyperparameters={"rank": 2}, exclude=("pooler.*",))
+    config = configure(place, 2, hyperparameters=FAR, exclude=("pooler.*",))
     return config, settle(place, 2, heads=True, batch_size=3, pull=0.01, steps=4, optimiser="sgd")
 
 
@@ -188,13 +190,13 @@ def test_more_devices_than_there_are_are_refused(encoders, tmp_path):
 
 def test_the_checkpoint_is_the_model_that_was_learned(encoders, tmp_path):
     """What the last loss was measured on is what the pipeline writes."""
-    config = configure(encoders, hyperparameters={"rank": 2})
+    config = configure(encoders, hyperparameters=FAR)
     result = run_learning(config, settle(encoders, loss="tokens"), tmp_path / "out")
     trees = []
     for path in config.models:
         with open_checkpoint(path) as checkpoint:
             trees.append({name: checkpoint.read(name) for name in checkpoint.specs})
-    family = learning.prepare_family(trees, rank=2, layout="pytorch", model_type="bert")
+    family = learning.prepare_family(trees, **FAR, layout="pytorch", model_type="bert")
     start = learning.compose_tree(family, {})
     with open_checkpoint(tmp_path / "out") as merged:
         moved = {name: np.abs(merged.read(name) - np.asarray(start[name])).max() for name in start}
@@ -242,7 +244,7 @@ def test_everything_wrong_is_said_at_once(encoders, tmp_path):
     assert len(caught.value.problems) == 5
     with pytest.raises(RefusedError) as caught:
         run_learning(configure(encoders), settle(encoders, learn=("rank",)), tmp_path / "out")
-    assert "'rank' of 'relative' cannot be learned; there is scale, directions, rest, tensors" in str(caught.value)
+    assert "'rank' of 'relative' cannot be learned; there is scale, reach, directions, rest, tensors" in str(caught.value)
     with pytest.raises(RefusedError) as caught:
         run_learning(configure(encoders), settle(encoders, 2, loss="entropy"), tmp_path / "out")
     assert list(caught.value.problems) == ["2 data for 3 models: give one --data for each, in order"]
