@@ -1,25 +1,40 @@
 """What alignment recovers of models whose neurons stand in another order, or that were trained apart.
 
-    python experiments/permuted_twins.py
+    python experiments/permuted_twins.py --kinds twin 'noisy twin' 'rotated twin'
+    python experiments/permuted_twins.py --kinds 'trained apart' --widths 64 128 256 \\
+        --out experiments/results/permuted_apart
 
-Hardware: 2 CPU cores, 2 GB. Runtime: about 3 minutes on cores that others use too. Nothing is downloaded.
+Hardware: 2 CPU cores, 2 GB. Runtime: about 15 and 10 minutes on cores that others use too. Nothing is downloaded.
 
 Multilayer perceptrons with two hidden layers on scikit-learn's digits. A `twin` is the first model with its hidden
-neurons shuffled, a `noisy twin` has normal noise of .3 of each tensor's standard deviation besides, and models `trained
-apart` share the data and nothing else: initial weights and the order of the rows are others. The second model is
-aligned to the first by Git Re-Basin's weight matching or by OTFusion (exact, Sinkhorn, Gromov-Wasserstein, at their
-defaults), then the two are averaged. `recovered` is the share of places to which most of what comes is the neuron that
-belongs there. `uniform coupling` is a control that knows nothing: every place gets the mean of the second model's
-neurons, which leaves the first model at half its size. A wide network answers well with that, so accuracies count as
-far as they are above it; the loss barrier (cross-entropy of the mean minus the mean of theirs) shows it too.
+neurons shuffled, a `noisy twin` has normal noise of .3 of each tensor's standard deviation besides, a `rotated twin` is
+a noisy one whose inputs and outputs are in other coordinates as well (random rotations, undone before the models are
+averaged), and models `trained apart` share the data and nothing else: initial weights and the order of the rows are
+others. The second model is aligned to the first, then the two are averaged:
 
-Results go to experiments/results/permuted_twins.md, .json and .png. Expected: weight matching and OTFusion with exact
-or Sinkhorn couplings recover every twin wholly at widths 64 to 512, noisy ones too; Gromov-Wasserstein, which sees each
-layer by itself, recovers twins up to width 256 and .63 of the neurons at 512, and .06 to .91 of noisy ones. Trained
-apart, the mean of both has .60 / .68 / .87 / .93 at widths 64 / 128 / 256 / 512 unaligned, .83 / .90 / .94 / .96 by
-weight matching, .84 / .89 / .93 / .96 by exact OTFusion, .78 / .87 / .93 / .96 by the control: by accuracy no
-alignment of models trained apart is above it by more than two standard errors; by the loss barrier they are (.38 to .12
-for weight matching, 1.09 to .71 for the control).
+- `weight matching`: Git Re-Basin's. `OTFusion`: exact, Sinkhorn, Gromov-Wasserstein, at their defaults: layers in turn.
+- `GW, layers alone`: each layer by its own geometry, at an epsilon in units of the critical one (`couple_neurons`
+  without a linear term). `GW, ends unknown`: two sweeps of fused GW whose linear term knows the layers coupled before,
+  but takes inputs and outputs to be unknown. `GW, fused`: the same with inputs and outputs in common.
+  `GW, fused, then matching`: rounded to permutations, and weight matching from there.
+- `fused without geometry`: the ablation, the same sweeps with the linear term alone at the settings of `GW, fused`.
+- `uniform coupling`, a control that knows nothing: every place gets the mean of the second model's neurons, which
+  leaves the first model at half its size. A wide network answers well with that, so accuracies count as far as they
+  are above it; the loss barrier (cross-entropy of the mean minus the mean of theirs) shows it too.
+
+`recovered` is the share of places to which most of what comes is the neuron that belongs there. Settings of the GW rows
+were chosen on seeds 10 to 15, at widths 32 to 128, and are `couple_neurons`' defaults, except the weight of the linear
+term where the ends are unknown.
+
+Results go to experiments/results/permuted_twins.md and permuted_apart.md, .json and .png. Expected: every alignment but
+OTFusion's Gromov-Wasserstein recovers all twins wholly at widths 64 to 512. That one works at an epsilon of 1e-3 for
+costs divided by their maximum, and at width 512 the second layer's critical epsilon is 1.9e-4. Noisy twins, too, are
+recovered wholly by all others but `GW, layers alone` (.79 to 1.00 of the neurons). Rotated twins are recovered by
+`GW, ends unknown` alone, 12 of 12, and in part by `GW, layers alone`; by none of those that compare weights. Trained
+apart, the mean of both has .92 / .95 / .96 at widths 64 / 128 / 256 by `GW, fused` (loss barriers .15 / .10 / .08),
+.84 / .90 / .94 by weight matching (.38 / .25 / .18), .78 / .87 / .93 by the control. Most of that is the annealed
+linear term's, not the geometry's: without geometry .91 / .95 / .94 (.21 / .11 / .11). The geometry alone is worse than
+the control, and rounding and weight matching from there undo a part.
 """
 
 import argparse
@@ -39,8 +54,10 @@ from digit_tasks import CLASSES, load_parts
 from jaxtyping import Array, Float, Int
 from tables import RESULTS, Estimate, compare, describe_command, estimate, make_figure, table, write_results
 
+from rgsp_jax.merging.neuron_geometry import carry_neurons, couple_neurons, round_coupling
 from rgsp_jax.merging.otfusion import carry, transport_neurons
-from rgsp_jax.merging.permutation import match_weights, permute
+from rgsp_jax.merging.permutation import match_weights, permute, unfold
+from rgsp_jax.transport import critical_epsilon, normalize_jointly, squared_distances
 
 PIXELS = 64
 SPEC = {
@@ -59,7 +76,7 @@ APART = 1000
 NOISE = 0.3
 """Of a noisy twin, in each tensor's own standard deviation."""
 CONTROL = "uniform coupling"
-KINDS = ("twin", "noisy twin", "trained apart")
+KINDS = ("twin", "noisy twin", "rotated twin", "trained apart")
 
 Model = Mapping[str, Float[Array, "..."]]
 
@@ -109,6 +126,40 @@ def transport(coupling: str) -> Callable[[Model, Model], Aligned]:
     return align
 
 
+def couple(**settings: Any) -> Callable[[Model, Model], Aligned]:
+    """Return the alignment by neurons' geometry, with these settings of `couple_neurons`."""
+    jitted = jax.jit(lambda a, b: couple_neurons(a, b, SPEC, **settings))
+
+    last: list[tuple[Model, Model, Aligned]] = []  # of the pair at hand, for what refines it
+
+    def align(a: Model, b: Model) -> Aligned:
+        if not (last and last[0][0] is a and last[0][1] is b):
+            last[:] = [(a, b, solve(a, b))]
+        return last[0][2]
+
+    def solve(a: Model, b: Model) -> Aligned:
+        found = jitted(dict(a), dict(b))
+        places = {layer: coupling.plan for layer, coupling in found.items()}
+        return Aligned(carry_neurons(b, SPEC, places), places, all(bool(c.converged) for c in found.values()))
+
+    return align
+
+
+def refine(first: Callable[[Model, Model], Aligned]) -> Callable[[Model, Model], Aligned]:
+    """Return weight matching that starts from what another alignment found, rounded to permutations."""
+
+    round_all = jax.jit(lambda plans: {layer: round_coupling(plan) for layer, plan in plans.items()})
+
+    def align(a: Model, b: Model) -> Aligned:
+        rough = first(a, b)
+        orders = round_all(dict(rough.places))
+        found = rebasin(a, permute(b, SPEC, orders))
+        places = {layer: found.places[layer] @ jax.nn.one_hot(p, p.shape[0]) for layer, p in orders.items()}
+        return Aligned(found.model, places, rough.converged and found.converged)
+
+    return align
+
+
 def spread_evenly(a: Model, b: Model) -> Aligned:
     """The control that knows nothing: every place gets the mean of all neurons."""
     places = {layer: jnp.full((x.shape[0],) * 2, 1 / x.shape[0], x.dtype) for layer, x in find_biases(b).items()}
@@ -117,6 +168,7 @@ def spread_evenly(a: Model, b: Model) -> Aligned:
     return Aligned(b, places, True)
 
 
+FUSED = couple()
 ALIGNMENTS: Mapping[str, Callable[[Model, Model], Aligned]] = {
     "none": keep_order,
     CONTROL: spread_evenly,
@@ -124,6 +176,11 @@ ALIGNMENTS: Mapping[str, Callable[[Model, Model], Aligned]] = {
     "OTFusion, exact": transport("exact"),
     "OTFusion, Sinkhorn": transport("sinkhorn"),
     "OTFusion, Gromov-Wasserstein": transport("gromov_wasserstein"),
+    "GW, layers alone": couple(common_ends=False, fused_penalty=0.0, sweeps=1),
+    "GW, ends unknown": couple(common_ends=False, fused_penalty=4.0),
+    "GW, fused": FUSED,
+    "GW, fused, then matching": refine(FUSED),
+    "fused without geometry": couple(geometry=False),
 }
 
 
@@ -209,18 +266,47 @@ def flatten_rows(seed: int, part: str) -> tuple[Array, Array]:
     return jnp.asarray(rows.images.reshape(len(rows.digits), -1)), jnp.asarray(rows.digits)
 
 
-def make_pair(kind: str, width: int, seed: int) -> tuple[Model, Model, dict[str, Array] | None]:
-    """Return two models and, of twins, layer -> for every place of the first the neuron of the second."""
+@dataclass(frozen=True)
+class Pair:
+    """Two models to be aligned and averaged."""
+
+    a: Model
+    b: Model
+    truth: Mapping[str, Array] | None
+    """Of twins: layer -> for every place of the first the neuron of the second."""
+    undo: Callable[[Model], Model] = dict
+    """Takes the second model's ends back into the first one's coordinates."""
+
+
+def make_pair(kind: str, width: int, seed: int) -> Pair:
+    """Return two models of one kind."""
     a = train_model(width, seed, seed)
     if kind == "trained apart":
-        return a, train_model(width, seed, seed + APART), None
+        return Pair(a, train_model(width, seed, seed + APART), None)
     rng = np.random.default_rng((seed, width))
     orders = {layer: jnp.asarray(rng.permutation(width)) for layer in LAYERS}
     b = permute(a, SPEC, orders)
+    truth = {layer: jnp.argsort(order) for layer, order in orders.items()}
+    if kind == "twin":
+        return Pair(a, b, truth)
+    noise = {name: rng.normal(scale=NOISE * float(x.std()), size=x.shape) for name, x in b.items()}
+    b = {name: x + jnp.asarray(noise[name], x.dtype) for name, x in b.items()}
     if kind == "noisy twin":
-        noise = {name: rng.normal(scale=NOISE * float(x.std()), size=x.shape) for name, x in b.items()}
-        b = {name: x + jnp.asarray(noise[name], x.dtype) for name, x in b.items()}
-    return a, b, {layer: jnp.argsort(order) for layer, order in orders.items()}
+        return Pair(a, b, truth)
+    first, last = (
+        jnp.asarray(np.linalg.qr(rng.normal(size=(n, n)))[0], a["last.bias"].dtype) for n in (PIXELS, CLASSES)
+    )
+    return Pair(a, rotate(b, first, last), truth, lambda model: rotate(model, first.T, last.T))
+
+
+def rotate(model: Model, first: Array, last: Array) -> Model:
+    """Return the model with inputs and outputs in other coordinates."""
+    return {
+        **model,
+        "first.weight": jnp.matmul(model["first.weight"], first.T),
+        "last.weight": jnp.matmul(last, model["last.weight"]),
+        "last.bias": jnp.matmul(last, model["last.bias"]),
+    }
 
 
 def count_recovered(places: Mapping[str, Array], truth: Mapping[str, Array]) -> float:
@@ -231,16 +317,18 @@ def count_recovered(places: Mapping[str, Array], truth: Mapping[str, Array]) -> 
 
 def run_pair(kind: str, width: int, seed: int) -> Iterator[Row]:
     """Yield a row for every alignment of one pair."""
-    a, b, truth = make_pair(kind, width, seed)
+    pair = make_pair(kind, width, seed)
+    a, truth = pair.a, pair.truth
     rows = flatten_rows(seed, "test")
-    own, losses = zip(*(measure(model, *rows) for model in (a, b)), strict=True)
+    own, losses = zip(*(measure(model, *rows) for model in (a, pair.undo(pair.b))), strict=True)
     for name, align in ALIGNMENTS.items():
         started = time.monotonic()
         with jax.numpy_dtype_promotion("standard"):  # optax's assignment mixes float sizes where 64 bits are enabled
-            aligned = align(a, b)
+            aligned = align(a, pair.b)
         jax.block_until_ready(aligned.model)
         seconds = time.monotonic() - started
-        middle = {key: (a[key] + aligned.model[key]) / 2 for key in a}
+        carried = pair.undo(aligned.model)
+        middle = {key: (a[key] + carried[key]) / 2 for key in a}
         accuracy, loss = measure(middle, *rows)
         recovered = None if truth is None else count_recovered(aligned.places, truth)
         yield Row(
@@ -255,6 +343,34 @@ def run_pair(kind: str, width: int, seed: int) -> Iterator[Row]:
             converged=aligned.converged,
             seconds=seconds,
         )
+
+
+def find_critical_epsilons(widths: Sequence[int], seeds: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Return width -> layer -> mean critical epsilon of a twin's costs as OTFusion takes them, divided by maximum."""
+    found: dict[str, dict[str, float]] = {}
+    for width, (layer, name) in itertools.product(widths, zip(LAYERS, ("first", "second"), strict=True)):
+        values = []
+        for seed in seeds:
+            model = train_model(width, seed, seed)
+            parts = [unfold(model[f"{name}.{part}"], 0) for part in ("weight", "bias")]
+            cost = squared_distances(jnp.concatenate(parts, axis=1).T)
+            values.append(float(critical_epsilon(*normalize_jointly(cost, cost))))
+        found.setdefault(str(width), {})[layer] = float(np.mean(values))
+    return found
+
+
+def tell_critical(critical: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return Markdown."""
+    lines = [[layer, *(f"{found[layer]:.1e}" for found in critical.values())] for layer in LAYERS]
+    return [
+        "",
+        "## Critical epsilon",
+        "",
+        "Of costs divided by their maximum, below which Gromov-Wasserstein tells neurons apart by more than their mean",
+        "distance from the others; OTFusion's epsilon is 1e-3 at every width.",
+        "",
+        table(["layer", *(f"width {width}" for width in critical)], lines),
+    ]
 
 
 def tabulate(rows: Sequence[Row]) -> list[str]:
@@ -331,7 +447,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = make_figure(4 * len(kinds), 6.5)
     panels = figure.subplots(2, len(kinds), sharex=True, sharey="row", squeeze=False)
     for column, kind in enumerate(kinds):
-        for name, marker in zip(ALIGNMENTS, "x+^osD", strict=True):
+        for name, marker in zip(ALIGNMENTS, "x+^osDvP*h1", strict=True):
             for axes, field in zip(panels[:, column], ("accuracy", "recovered"), strict=True):
                 found: dict[int, list[float]] = {}
                 for row in rows:
@@ -374,9 +490,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             shown = f"{kind} {width} seed {seed}: {row.alignment:30s} {row.accuracy:.3f}{found}"
             print(f"{shown}  ({row.seconds:.1f} s)", flush=True)
     settings = {name: getattr(options, name) for name in ("kinds", "widths", "seeds")}
-    record = {"settings": settings, "rows": [asdict(row) for row in rows]}
+    critical = find_critical_epsilons(options.widths, options.seeds)
+    record = {"settings": settings, "critical_epsilon": critical, "rows": [asdict(row) for row in rows]}
     command = describe_command("permuted_twins", settings)
-    write_results(options.out, command, find_headline(rows), record, tabulate(rows))
+    if options.out.name != "permuted_twins":
+        command += f" --out experiments/results/{options.out.name}"
+    write_results(options.out, command, find_headline(rows), record, [*tabulate(rows), *tell_critical(critical)])
     draw(rows, options.out.with_suffix(".png"))
     return rows
 

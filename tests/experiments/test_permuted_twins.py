@@ -17,15 +17,29 @@ def experiment(script):
 def test_twins_are_one_function_and_others_are_not(experiment):
     images, _ = experiment.flatten_rows(0, "test")
     for kind in experiment.KINDS:
-        a, b, truth = experiment.make_pair(kind, 16, 0)
-        ours, theirs = (np.asarray(experiment.predict(model, images)) for model in (a, b))
+        pair = experiment.make_pair(kind, 16, 0)
+        b = pair.undo(pair.b)
+        ours, theirs = (np.asarray(experiment.predict(model, images)) for model in (pair.a, b))
         assert np.allclose(ours, theirs, atol=1e-4) == (kind == "twin")
-        assert (truth is None) == (kind == "trained apart")
-        if truth is not None:
-            back = experiment.permute(b, experiment.SPEC, truth)
-            apart = np.abs(np.asarray(back["first.weight"]) - np.asarray(a["first.weight"]))
-            spread = experiment.NOISE * float(jnp.std(a["first.weight"]))
+        assert (pair.truth is None) == (kind == "trained apart")
+        assert np.allclose(pair.b["first.weight"], b["first.weight"], atol=1e-4) == (kind != "rotated twin")
+        if pair.truth is not None:
+            back = experiment.permute(b, experiment.SPEC, pair.truth)
+            apart = np.abs(np.asarray(back["first.weight"]) - np.asarray(pair.a["first.weight"]))
+            spread = experiment.NOISE * float(jnp.std(pair.a["first.weight"]))
             assert apart.max() == 0 if kind == "twin" else apart.std() == pytest.approx(0.6 * spread, rel=0.05)
+
+
+def test_rotated_ends_are_one_function_in_other_coordinates(experiment):
+    pair = experiment.make_pair("rotated twin", 16, 1)
+    images, _ = experiment.flatten_rows(1, "test")
+    back = pair.undo(pair.b)
+    for name in ("first.weight", "last.weight"):
+        assert not np.allclose(pair.b[name], back[name], atol=0.1)
+    turned, plain = (np.asarray(experiment.predict(model, images)) for model in (pair.b, back))
+    assert not np.allclose(turned, plain, atol=0.1)
+    grams = [np.asarray(m["first.weight"]) @ np.asarray(m["first.weight"]).T for m in (pair.b, back)]
+    np.testing.assert_allclose(*grams, atol=1e-4)
 
 
 def test_recovered_counts_places(experiment):
@@ -37,14 +51,19 @@ def test_recovered_counts_places(experiment):
 def test_a_small_run(experiment, tmp_path):
     out = tmp_path / "twins"
     rows = experiment.main(
-        ["--kinds", "twin", "trained apart", "--widths", "24", "--seeds", "0", "1", "--out", str(out)]
+        ["--kinds", "twin", "rotated twin", "trained apart", "--widths", "24", "--seeds", "0", "1", "--out", str(out)]
     )
-    assert len(rows) == 2 * 2 * len(experiment.ALIGNMENTS)
+    assert len(rows) == 3 * 2 * len(experiment.ALIGNMENTS)
     for row in rows:
         if row.kind == "twin" and row.alignment in ("weight matching", "OTFusion, exact", "OTFusion, Sinkhorn"):
             assert row.recovered == 1
             assert row.accuracy == pytest.approx(row.own)
             assert row.loss_barrier == pytest.approx(0, abs=1e-4)
+        if row.kind == "rotated twin" and row.alignment == "GW, ends unknown":
+            assert row.recovered == 1
+            assert row.loss_barrier < 0
+        if row.kind == "rotated twin" and row.alignment == "fused without geometry":
+            assert row.recovered < 1
         if row.alignment == "none":
             assert row.loss_barrier > 0.05
             assert row.accuracy < row.own
