@@ -13,7 +13,7 @@ inputs, the first task's model the recipient): distillation in closed form. Ever
 test rows with each task's own head. Differences are paired by draw; merges without data do not depend on it; learning
 starts at `relative`. A run that was broken off goes on with `--resume`.
 
-Expected: the tables in experiments/results are of an older family, `relative_weighted` with one coefficient per layer and
+Expected: the tables in experiments/results are of an older family, `relative_weighted` with a coefficient per layer and
 model (there called `relative`); none is recorded yet of coefficients per direction around today's `relative`.
 """
 
