@@ -73,21 +73,28 @@ def list_points(axes: Sequence[str], largest: float) -> list[Point]:
     return [p for p in points if p.axis in axes and p.decoder.parameters <= largest]
 
 
+def keep_ends(points: Sequence[Point]) -> list[Point]:
+    """The first and the last point of every curve."""
+    curves: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        curves.setdefault((point.axis, point.method), []).append(point)
+    return [point for own in curves.values() for point in dict.fromkeys((own[0], own[-1]))]
+
+
 def is_flat(point: Point) -> bool:
     """Two models have no ancestor to look for: what `relative` costs shows from three."""
     return point.axis == "rank" and point.method == "relative"
 
 
-def run_point(point: Point, models: Sequence[Path], place: Path, environment: Mapping[str, str]) -> Measured:
+def run_point(
+    point: Point, models: Sequence[Path], place: Path, environment: Mapping[str, str], start: Measured
+) -> Measured:
     """The merge without its start."""
     out = place / "out"
-    runs = []
-    for extra in (("--plan",), ()):
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(out.with_name("out.incomplete"), ignore_errors=True)
-        runs.append(measure((*point.command(models, out), *extra), environment, place / "log"))
+    for left in (out, out.with_name("out.incomplete")):
+        shutil.rmtree(left, ignore_errors=True)
+    whole = measure(point.command(models, out), environment, place / "log")
     shutil.rmtree(out, ignore_errors=True)
-    start, whole = runs
     return Measured(max(whole.wall - start.wall, 1e-3), max(whole.cpu - start.cpu, 1e-3), whole.peak)
 
 
@@ -104,8 +111,9 @@ def run_points(points: Sequence[Point], place: Path, rounds: int) -> dict[Point,
             own = [point for point in points if point.decoder == decoder]
             models = make_decoders(place / "models", decoder, max(point.models for point in own))
             for number in range(rounds + 1):
+                start = measure((*own[0].command(models, place / "out"), "--plan"), environment, place / "log")
                 for point in own:
-                    run = run_point(point, models, place, environment)
+                    run = run_point(point, models, place, environment, start)
                     if number:
                         found[point].append(run)
                     print(
@@ -220,23 +228,27 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for models and outputs, 9 GB")
     parser.add_argument("--axis", choices=list(LABELS), action="append", help="only these, repeatable")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ends", action="store_true", help="the first and the last point of every curve only")
     parser.add_argument("--largest", type=float, default=2e9, help="parameters of a model")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file written, table and plot beside it")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     axes = arguments.axis or list(LABELS)
     points = list_points(axes, arguments.largest)
+    if arguments.ends:
+        points = keep_ends(points)
     curves = summarise(run_points(points, arguments.work, arguments.rounds))
     if arguments.out.exists() and arguments.axis:  # the other axes stay as they were measured
         curves += [c for c in json.loads(arguments.out.read_text())["curves"] if c["axis"] not in axes]
         curves.sort(key=lambda curve: list(LABELS).index(curve["axis"]))
-    cut = f"Sizes above {arguments.largest:,.0f} parameters were left out." if arguments.largest < 2e9 else ""
+    cut = f"Sizes above {arguments.largest:,.0f} parameters were left out. " if arguments.largest < 2e9 else ""
+    cut += "Of every curve two points were measured, not all." if arguments.ends else ""
     report = {
         "command": "python -m experiments.benchmarks.growth --work PLACE",
         "headline": write_headline(curves),
         "machine": describe_machine(len(os.sched_getaffinity(0))) | describe_place(arguments.work),
         "rounds": arguments.rounds,
-        "cut": cut,
+        "cut": cut.strip(),
         "curves": curves,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ first round is not counted but told apart: there the persistent compilation cach
 --plan`, which reads no weights. The copy is `cat A B > /dev/null; cp A OUT`, with files in the page cache.
 
 Methods that decompose run in fewer rounds. How much a full SVD of every matrix would take (`jnp.linalg.svd` in place of
-the truncated one) is measured on siblings of fewer layers, in turns with the same merge as it is.
+the truncated one) is measured in this process on the matrices of one layer, in turns with the same kernels as they are.
 """
 
 import argparse
@@ -21,13 +21,18 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.decoders import Decoder, make_decoders
+import ml_dtypes
+import numpy as np
+
+from experiments.benchmarks.decoders import Decoder, draw_family, make_decoders
 from experiments.benchmarks.peers import find_versions, make_environment, own_environment
 from experiments.benchmarks.processes import Measured, measure
 from experiments.benchmarks.svd import describe_machine
@@ -38,7 +43,6 @@ RANK = 64
 COPY = "copy"
 START = "start"
 OURS = (sys.executable, "-c", "from rgsp_jax.cli import main; main()")
-FULL = (sys.executable, "-m", "experiments.benchmarks.whole_merge", "--full-svd")
 ROOT = Path(__file__).parents[2]
 
 
@@ -81,7 +85,7 @@ def read_ratio(above: str, below: str, what: str = "wall") -> Callable[[Mapping[
 
 
 def read_full_svd(name: str) -> Callable[[Mapping[str, Any]], float]:
-    return lambda report: report["full_svd"][name]["cpu"]
+    return lambda report: report["full_svd"][name]["ratio"]
 
 
 TARGETS = (
@@ -154,16 +158,72 @@ def list_contenders(place: Path, models: Sequence[Path], peers: Path | None) -> 
         mergekit = peers.parent / "mergekit-yaml"
         found += [Contender(f"mergekit {name}", (mergekit, path, out)) for name, path in yamls.items()]
     decomposing = (("rgsp", 2), ("rgsp_seed", 2), ("relative", 2), ("relative", 3))
-    return found + [Contender(f"{m}{' K=3' * (k > 2)}", ours(m, k), costly=True) for m, k in decomposing]
+    found += [Contender(f"{m}{' K=3' * (k > 2)}", ours(m, k), costly=True) for m, k in decomposing]
+    threads = f"OPENBLAS_NUM_THREADS={len(os.sched_getaffinity(0))}"
+    return [*found, Contender("rgsp, a BLAS thread for each core", ("env", threads, *ours("rgsp")), costly=True)]
 
 
-def merge_with_full_svd(arguments: Sequence[str]) -> None:
-    """`rgsp` with the platform's whole SVD in place of every truncated one."""
-    from rgsp_jax.cli import cli
+# The full SVD
+
+
+def compile_layer(decoder: Decoder, method: str, count: int) -> list[Callable[[], Any]]:
+    """The kernels of a merge on the matrices of one layer, compiled, each with its models."""
+    import jax
+
+    from rgsp_jax.pipeline.kernels import NOTHING, compile_item, split_static
+    from rgsp_jax.registry import methods
+
+    static, traced = split_static(methods[method], {"rank": RANK})
+    kernel = compile_item("matrices", method, static, np.dtype(ml_dtypes.bfloat16), False)
+    shapes = [x for name, x in decoder.shapes.items() if ".layers.0." in name and len(x) == 2]
+    calls: list[Callable[[], Any]] = []
+    for shape in dict.fromkeys(shapes):
+        slots = shapes.count(shape)
+        models = zip(*(draw_family(shape, number, count) for number in range(slots)), strict=True)
+        arguments = (
+            tuple(jax.device_put(np.stack(own)) for own in models),
+            traced,
+            np.zeros((slots, 2), np.uint32),
+            np.uint32(0),
+            NOTHING,
+        )
+        program = kernel.lower(*arguments).compile()
+        calls.append(partial(program, *arguments))
+    return calls
+
+
+def compare_full_svd(decoder: Decoder, rounds: int) -> dict[str, Any]:
+    """One layer merged with truncated and with full SVDs, in turns and in this process: processor seconds, ratios."""
+    import jax
+
     from rgsp_jax.linalg import svd_algorithms
+    from rgsp_jax.pipeline.kernels import compile_item
 
-    svd_algorithms.choose_algorithms = lambda problem: {"cpu": "full", "default": "full"}
-    cli(list(arguments), standalone_mode=False)
+    choose = svd_algorithms.choose_algorithms
+    found: dict[str, Any] = {}
+    for method, count in (("rgsp", 2), ("relative", 3)):
+        programs: dict[str, list[Callable[[], Any]]] = {}
+        for name in ("truncated", "full"):
+            if name == "full":
+                svd_algorithms.choose_algorithms = lambda problem: {"cpu": "full", "default": "full"}
+            jax.clear_caches()
+            compile_item.cache_clear()
+            try:
+                programs[name] = compile_layer(decoder, method, count)
+            finally:
+                svd_algorithms.choose_algorithms = choose
+        times: dict[str, list[float]] = {name: [] for name in programs}
+        for number in range(rounds + 1):
+            for name, calls in programs.items():
+                start = time.process_time()
+                for call in calls:
+                    jax.block_until_ready(call())
+                if number:
+                    times[name].append(time.process_time() - start)
+        ratio = statistics.median(f / t for f, t in zip(times["full"], times["truncated"], strict=True))
+        seconds = {name: round(statistics.median(own), 3) for name, own in times.items()}
+        found[f"{method}{' K=3' * (count > 2)}"] = {"seconds": seconds, "ratio": round(ratio, 3)}
+    return found
 
 
 # Runs
@@ -230,29 +290,6 @@ def compare_all(runs: Mapping[str, Sequence[Measured]]) -> dict[str, dict[str, f
     return found
 
 
-def compare_full_svd(place: Path, cache: Path, layers: int, rounds: int) -> dict[str, Any]:
-    """The same merges of fewer layers with the truncated and with the full SVD, in turns; ratios without the start."""
-    models = make_decoders(place / "few", Decoder(layers=layers, vocabulary=1024), 3)
-    contenders = [Contender(START, (*OURS, "merge", *models[:2], "--method", "average", "--plan"))]
-    for method, count in (("rgsp", 2), ("relative", 3)):
-        common = ("merge", *models[:count], "--method", method, "--rank", RANK, "--out", place / "few" / "out")
-        name = f"{method}{' K=3' * (count > 2)}"
-        contenders += [Contender(name, (*OURS, *common)), Contender(f"{name} full", (*FULL, *common))]
-    runs = run_rounds(contenders, place / "few", cache, rounds, rounds)
-    start = runs[START]
-    found: dict[str, Any] = {"layers": layers, "runs": {name: summarise(own) for name, own in runs.items()}}
-    for name in ("rgsp", "relative K=3"):
-        own, full = (
-            [
-                Measured(max(run.wall - s.wall, 1e-3), max(run.cpu - s.cpu, 1e-3), run.peak)
-                for run, s in zip(runs[n], start, strict=True)
-            ]
-            for n in (name, f"{name} full")
-        )
-        found[name] = compare(full, own)
-    return found
-
-
 # Report
 
 
@@ -274,8 +311,8 @@ def render(report: Mapping[str, Any]) -> str:
         f"{decoder['parameters'] / 1e9:.2f} billion parameters in bfloat16 ({decoder['layers']} layers of width"
         f" {decoder['width']}), {decoder['nbytes'] / 1e9:.2f} GB a model. {machine['processor']},"
         f" {machine['cores_used']} cores, load {machine['load'][0]} at the end (what others on the machine take is in"
-        f" it; seconds are to be read beside the copy's); {versions}. Medians over the rounds behind the first; the"
-        " first compiles.",
+        f" it; seconds are to be read beside the copy's); {versions}. Medians over the rounds behind the first,"
+        " which compiles; where there is none, the first.",
         "",
         "| what | rounds | wall s | CPU s | peak MB | first wall s |",
         "|---|---|---|---|---|---|",
@@ -286,11 +323,12 @@ def render(report: Mapping[str, Any]) -> str:
     lines += ["", "| ratio (medians within rounds) | wall | CPU | peak |", "|---|---|---|---|"]
     for name, row in report["ratios"].items():
         lines.append(f"| {name} | {row['wall']:.2f} | {row['cpu']:.2f} | {row['peak']:.2f} |")
-    if full := report.get("full_svd"):
-        for name in ("rgsp", "relative K=3"):
-            row = full[name]
-            title = f"{name}: full SVD / as it is, {full['layers']} layers, without start"
-            lines.append(f"| {title} | {row['wall']:.2f} | {row['cpu']:.2f} | {row['peak']:.2f} |")
+    for name, row in report.get("full_svd", {}).items():
+        seconds = row["seconds"]
+        text = f"{seconds['full']:.2f} s over {seconds['truncated']:.2f} s"
+        lines.append(f"| {name}: a layer with full SVDs / as it is ({text}) | | {row['ratio']:.2f} | |")
+    if note := report.get("note"):
+        lines += ["", note]
     lines += ["", "| target | bound | found | met |", "|---|---|---|---|"]
     for row in report["targets"]:
         lines.append(f"| {row['target']} | {row['bound']} | {row['found']:g} | {'yes' if row['met'] else 'NO'} |")
@@ -332,9 +370,6 @@ def build_report(
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--full-svd"]:
-        merge_with_full_svd(sys.argv[2:])
-        return 0
     parser = argparse.ArgumentParser(description="Whole merges beside a copy and mergekit.")
     parser.add_argument("--work", type=Path, required=True, help="folder for models and outputs, 4 GB")
     parser.add_argument("--peers", type=Path, help="the peers' virtual environment; made there where there is none")
@@ -343,9 +378,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--costly-rounds", type=int, default=2, help="of methods that decompose")
-    parser.add_argument(
-        "--full-svd-layers", type=int, default=2, help="of the models for the full SVD; 0 leaves it out"
-    )
+    parser.add_argument("--no-full-svd", action="store_true", help="without the full SVD's layer")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file written, a table beside it")
     arguments = parser.parse_args()
@@ -362,9 +395,7 @@ def main() -> int:
             kept = {COPY, START, *arguments.only}
             contenders = [one for one in contenders if one.name in kept]
         runs = run_rounds(contenders, arguments.work, cache, arguments.rounds, arguments.costly_rounds)
-        full = None
-        if arguments.full_svd_layers:
-            full = compare_full_svd(arguments.work, cache, arguments.full_svd_layers, max(1, arguments.costly_rounds))
+        full = None if arguments.no_full_svd else compare_full_svd(Decoder(), arguments.rounds)
         report = build_report(arguments, runs, full, peers)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
