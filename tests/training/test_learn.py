@@ -228,10 +228,7 @@ def test_losses_go_down(encoders, tmp_path, loss):
 def test_a_pair_of_language_models_learns_the_settings_of_rgsp(tmp_path):
     place = save_family(tmp_path, tiny.make_llama, count=2)
     names = ("beta", "epsilon", "temperature", "fused_penalty", "w_q")
-    one_of_a_shape = (
-        r"re:layers\.0\.self_attn\.q_proj",
-        r"re:layers\.1\.mlp\.up_proj",
-    )  # the rest would compile as long
+    one_of_a_shape = (r"re:layers\.0\.self_attn\.q_proj", r"re:layers\.1\.mlp\.up_proj")  # the rest only compiles
     config = configure(place, 2, method="rgsp", hyperparameters={"rank": 3}, include=one_of_a_shape)
     settings = settle(place, 2, learn=names, steps=2, recompute=True)
     result = run_learning(config, settings, tmp_path / "out")
