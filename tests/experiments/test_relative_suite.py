@@ -26,6 +26,12 @@ def make_row(suite, method, accuracy, seed=0, experts=3, regime="labels", rho=0.
     return suite.Row("digits", regime, "width 64", experts, seed, rho, method, accuracy)
 
 
+def test_the_test_half_scores_what_was_chosen_alone(suite):
+    chosen = [list(settings) for _, settings in suite.make_rows("test", candidates=False)]
+    assert all(len(names) == 1 for names in chosen)
+    assert sum(len(settings) for _, settings in suite.make_rows("development", candidates=True)) > 40
+
+
 def test_halves_share_no_seed(suite):
     halves = list(suite.HALVES.values())
     assert not set(halves[0].seeds) & set(halves[1].seeds)
@@ -59,7 +65,7 @@ def test_what_was_scored_is_not_scored_again(suite, tmp_path):
         )
 
     cell = suite.Cell("digits", "labels", "none", 3, 0, make)
-    contenders = [row for row in suite.make_rows(candidates=False) if row[0].name in ("average", "rgsp")]
+    contenders = [row for row in suite.make_rows("test", candidates=False) if row[0].name in ("average", "rgsp")]
     first = suite.score(cell, contenders, tmp_path)
     assert [r.method for r in first] == ["individual", "average"]  # rgsp takes two models
     assert suite.score(cell, contenders, tmp_path) == first and len(made) == 1
