@@ -1,8 +1,10 @@
 """`merge_checkpoints`: from paths to a complete output directory, or to a clear refusal and nothing at all."""
 
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from rgsp_jax.pipeline.parts import NAME as CUT
 from rgsp_jax.pipeline.parts import to_json
 from rgsp_jax.pipeline.placement import Devices, place_merge
 from rgsp_jax.pipeline.plan import WorkItem
+from rgsp_jax.pipeline.plots import load_matplotlib
 from rgsp_jax.pipeline.preparation import Preparation, check_buffers, check_covariances, prepare
 from rgsp_jax.pipeline.processes import Alone, Team
 from rgsp_jax.pipeline.records import collect_pieces
@@ -237,6 +240,8 @@ def merge_in(
     def conclude(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return finish(run, workshop / MODEL, preparation, decision, shards, merged, flags, found)
 
+    if run.overview and run.leads:
+        threading.Thread(target=load_matplotlib, name="rgsp-plots", daemon=True).start()
     with hash_files(preparation.checkpoints if run.overview else (), team.index, team.count) as hashes:
         with ExitStack() as stack:
             team.meet("begun", lambda: open_own(stack))
@@ -276,10 +281,13 @@ def audit_own(run: Run, parts: Sequence[OpenPart], hashes: Sequence[FileHash]) -
         if run.progress:
             run.progress("audit", done, total, (name,))
 
-    for part in parts:
-        part.writer.finish()
-        pieces = collect_pieces(part.journal.entries.values())
-        found.append(audit(part.writer.directory, part.plan, pieces, part.writer, on_tensor))
+    with ThreadPoolExecutor(1, "rgsp-sync") as pool:  # the disk takes what is written while it is read back
+        synced = [pool.submit(part.writer.finish) for part in parts]
+        for part in parts:
+            pieces = collect_pieces(part.journal.entries.values())
+            found.append(audit(part.writer.directory, part.plan, pieces, part.writer, on_tensor))
+        for one in synced:
+            one.result()
     return {
         "digests": [digests for digests, _ in found],
         "files": {name: value for _, files in found for name, value in files.items()},

@@ -47,9 +47,15 @@ _RC: dict[Any, Any] = {
 }
 
 
+def load_matplotlib() -> None:
+    """Import what draws, which takes half a second: while a merge waits for the disk it costs nothing."""
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+
+
 def _figure(width: float, height: float):
     """Empty figure of `width` x `height` CSS pixels without pyplot's global state."""
-    from matplotlib.figure import Figure  # half a second, paid only where a report is drawn
+    from matplotlib.figure import Figure  # paid only where a report is drawn
 
     return Figure(figsize=(width / 72, height / 72), dpi=72)
 

@@ -75,6 +75,10 @@ def relative(
 
     Gargiulo et al., Task Singular Vectors (CVPR 2025), for the decorrelation, there about a given base.
     """
+    if len(stack) == 2 and not jnp.ndim(directions) and not jnp.ndim(rest):  # nothing to decompose for
+        resolve_rank(rank, *stack.shape[1:])
+        mean = stack_mean(stack)
+        return MergeOutput(mean, describe_correction(relative_distance(stack, mean), scale, reach))
     parts = prepare_relative(stack, rank, active_rank)
     return build_relative(stack, parts, solve_relative(parts, active_rank), active_rank, scale, reach, directions, rest)
 
@@ -239,8 +243,8 @@ def build_relative(
     if active_rank is not None:
         active_rank = jnp.minimum(active_rank, parts.svds.s.shape[-1])
     svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
-    trust = trust_correction(parts.rho, reach)
-    stats = svd_stats(svds, active_rank) | {"rho": parts.rho, "trust": trust, "scale": jnp.asarray(scale, dtype)}
+    described = describe_correction(parts.rho, scale, reach)
+    stats = svd_stats(svds, active_rank) | described
     mean = stack_mean(stack)
     a, b = jnp.asarray(directions, dtype), jnp.asarray(rest, dtype)
     core = solution.ancestor
@@ -250,11 +254,16 @@ def build_relative(
         core = core + jnp.asarray(scale, dtype) * join_directions(u, solution.v)
     elif not b.ndim:
         return MergeOutput(mean, stats)
-    core, merged = trust * core, mean
+    core, merged = described["trust"] * core, mean
     if b.ndim:
         core = core - jnp.tensordot(b, parts.cores, axes=1, precision=PRECISION)
         merged = merged + jnp.tensordot(b, stack - mean[None], axes=1, precision=PRECISION)
     return MergeOutput(merged + multiply(multiply(parts.left, core), parts.right.T), stats)
+
+
+def describe_correction(rho: Float[Array, ""], scale: Array | float, reach: Array | float) -> dict[str, Array]:
+    """What the report says of how far the merge leaves the mean."""
+    return {"rho": rho, "trust": trust_correction(rho, reach), "scale": jnp.asarray(scale, rho.dtype)}
 
 
 def trust_correction(rho: Float[Array, ""], reach: Array | float) -> Float[Array, ""]:
