@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.decoders import Decoder, make_decoders
+from experiments.benchmarks.decoders import Decoder, make_decoders_apart
 from experiments.benchmarks.peers import own_environment
 from experiments.benchmarks.processes import Measured, measure
 from experiments.benchmarks.svd import describe_machine
@@ -109,7 +109,7 @@ def run_points(points: Sequence[Point], place: Path, rounds: int) -> dict[Point,
         }
         for decoder in dict.fromkeys(point.decoder for point in points):
             own = [point for point in points if point.decoder == decoder]
-            models = make_decoders(place / "models", decoder, max(point.models for point in own))
+            models = make_decoders_apart(place / "models", decoder, max(point.models for point in own))
             for number in range(rounds + 1):
                 start = measure((*own[0].command(models, place / "out"), "--plan"), environment, place / "log")
                 for point in own:

@@ -32,7 +32,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from experiments.benchmarks.decoders import Decoder, draw_family, make_decoders
+from experiments.benchmarks.decoders import Decoder, draw_family, make_decoders_apart
 from experiments.benchmarks.peers import find_versions, make_environment, own_environment
 from experiments.benchmarks.processes import Measured, measure
 from experiments.benchmarks.svd import describe_machine
@@ -383,7 +383,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file written, a table beside it")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    models = make_decoders(arguments.work, Decoder(layers=arguments.layers), 3)
+    models = make_decoders_apart(arguments.work, Decoder(layers=arguments.layers), 3)
     with ExitStack() as stack:
         peers = None
         if not arguments.no_peers:
