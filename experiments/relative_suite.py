@@ -33,7 +33,7 @@ import numpy as np
 from contenders import Contender, Problem, PyTree, make_contender, merge_settings
 from digit_tasks import REGIMES
 from digit_training import Store, Training
-from relative_variants import ANCESTORS, COUPLINGS, OUT, RANDOM, RANKS, SCALES, VARIANT, WEIGHTS
+from relative_variants import ANCESTORS, COUPLINGS, OUT, RANDOM, RANKS, SCALES, TRUSTS, VARIANT, WEIGHTS
 from tables import RESULTS, Estimate, describe_command, estimate, make_figure, table, write_results
 from vision_digits import choose_tasks, hash_sources, make_score, open_work, train_ancestor, train_expert
 
@@ -102,8 +102,8 @@ class Row:
 # What the reach and the scale of `relative` were chosen among.
 REACHES: Mapping[str, Mapping[str, float]] = {
     f"relative, reach {reach:g}, scale {scale:g}": {"reach": reach, "scale": scale}
-    for scale in (1.5, 2.0)
-    for reach in (0.02, 0.03, 0.04, 0.055, 0.075, WHOLE)
+    for scale in (1.0, 1.2, 1.35, 1.5)
+    for reach in (0.0012, 0.0018, 0.0025, 0.0035, WHOLE)
 }
 # Settings of the variants: the winner first, then what else was tried, then the source's ingredients one by one.
 CANDIDATES: Mapping[str, Mapping[str, float]] = (
@@ -111,16 +111,22 @@ CANDIDATES: Mapping[str, Mapping[str, float]] = (
     | {f"ancestor: {ANCESTORS[i]}": {"ancestor": i} for i in (1, 2, 3)}
     | {f"rank: {RANKS[i]}": {"ranks": i} for i in (1, 2, 3)}
     | {f"scale by {SCALES[i]}": {"scales": i} for i in (1, 2, 3)}
+    | {
+        f"trust by {TRUSTS[1]} alone, reach {reach:g}": {"trusts": 1, "reach": reach}
+        for reach in (0.02, 0.03, 0.04, 0.055, 0.075)
+    }
+    | {"the default before: polar factors, rho": {"coupling": 1, "trusts": 1, "scale": 1.5, "reach": 0.03}}
 )
 COUPLED = {"scale": 1.0}
 ABLATIONS: Mapping[str, Mapping[str, float]] = {
     **{f"weights: {WEIGHTS[i]}": {"weight": i} for i in (1, 2, 3, 4)},
     **{f"weights: {WEIGHTS[i]}, permuted": {"weight": i, "weight_random": RANDOM} for i in (1, 2, 3, 4)},
-    **{f"directions: {COUPLINGS[i]}": {"coupling": i} for i in (1, 2, 3)},
-    **{f"directions: {COUPLINGS[i]}, scale 1": {"coupling": i} | COUPLED for i in (1, 2, 3)},
+    **{f"directions: {COUPLINGS[i]}": {"coupling": i} for i in (1, 2, 3, 4)},
+    f"directions: {COUPLINGS[1]}, scale 1.5": {"coupling": 1, "scale": 1.5},
+    **{f"directions: {COUPLINGS[i]}, scale 1": {"coupling": i} | COUPLED for i in (2, 3, 4)},
     **{
         f"directions: {COUPLINGS[i]}, permuted, scale 1": {"coupling": i, "coupling_random": RANDOM} | COUPLED
-        for i in (2, 3)
+        for i in (3, 4)
     },
     "chain: M, GW, psi, TOS, lambda": {"chain": 0},
     **{

@@ -28,11 +28,13 @@ from rgsp_jax.rgsp import PairTrace, pair_svds, prepare_relative, solve_pair
 from rgsp_jax.rgsp.alignment import decompose
 from rgsp_jax.rgsp.encoding import adjust_coupling
 from rgsp_jax.rgsp.relative import (
+    DECORRELATED,
     count_directions,
     frobenius_norm,
     join_directions,
     multiply,
     nuclear_median,
+    overlap_deviation,
     trust_correction,
 )
 from rgsp_jax.types import MergeOutput, TruncatedSVD
@@ -40,7 +42,8 @@ from rgsp_jax.types import MergeOutput, TruncatedSVD
 ANCESTORS = ("nuclear median", "mean", "elementwise median", "median turned at random")
 RANKS = ("all", "energy .9", "random-matrix edge", "no direction that others have")
 WEIGHTS = ("none", "TFI", "psi", "TOS gate", "lambda of the model")
-COUPLINGS = ("polar factors", "none", "GW barycentre", "M barycentre")
+COUPLINGS = ("half polar factors", "polar factors", "none", "GW barycentre", "M barycentre")
+TRUSTS = ("rho and discord", "rho")
 SCALES = ("constant", "energy", "overlap", "condition")
 IN, OUT, RANDOM = range(3)
 EDGE = 2.858
@@ -78,8 +81,9 @@ def relative_variant(
     tos: State = IN,
     lam: State = IN,
     scales: Choice = 0,
-    scale: Scale = 1.5,
-    reach: Reach = 0.03,
+    trusts: Choice = 0,
+    scale: Scale = 1.2,
+    reach: Reach = 0.0018,
 ) -> MergeOutput:
     """`relative` of at least three models with the named parts exchanged."""
     parts = prepare_relative(stack, rank)
@@ -98,10 +102,11 @@ def relative_variant(
     s = svds.s * keep(svds, all_values[number], ranks)
     s = jnp.where(jnp.asarray(chain) == OUT, s, s + transport(compared, svds.s, m, gw, tos, lam))
     s = s * weigh(compared, svds, weight, weight_random)
-    u, v = couple(svds, compared, coupling, coupling_random)
-    departure = join_directions(u * s[:, None, :], v)
+    departure = couple(svds, s, compared, coupling, coupling_random)
     strength = jnp.asarray(scale, stack.dtype) * find_scale(svds, s, departure, scales)
-    core = trust_correction(parts.rho, reach) * (ancestors[number] + strength * departure)
+    discord = overlap_deviation(cores - median[None])
+    discord = jnp.where(jnp.asarray(trusts) == 0, discord, 1.0)
+    core = trust_correction(parts.rho, discord, reach) * (ancestors[number] + strength * departure)
     merged = stack_mean(stack) + multiply(multiply(parts.left, core), parts.right.T)
     return MergeOutput(merged, {"rho": parts.rho})
 
@@ -187,8 +192,8 @@ def keep(svds: TruncatedSVD, values: Float[Array, "k q"], rule: Any) -> Float[Ar
     return kept.astype(svds.s.dtype)
 
 
-def couple(svds: TruncatedSVD, compared: Comparison, coupling: Any, random: Any) -> tuple[Array, Array]:
-    """Left and right directions [k, m, r] of every departure, made to fit those of the others."""
+def couple(svds: TruncatedSVD, s: Float[Array, "k r"], compared: Comparison, coupling: Any, random: Any) -> Array:
+    """All departures together, the directions of each with values s made to fit those of the others."""
     number = jnp.asarray(coupling).astype(jnp.int32)
     trace, count = compared.trace, len(svds.s)
     turned = jnp.sign(trace.mixing) + (trace.mixing == 0)
@@ -204,8 +209,10 @@ def couple(svds: TruncatedSVD, compared: Comparison, coupling: Any, random: Any)
             used = choose(random, plan, plan, permuted(plan))
             carried = jnp.einsum("klij,lmj->klmi", used, x, precision="highest")
             near.append((x + (count - 1) * others(carried)) / count)
-        sides.append(jnp.stack([polar, x, *near])[number])
-    return sides[0], sides[1]
+        sides.append([polar, x, *near])
+    departures = [join_directions(u * s[:, None, :], v) for u, v in zip(*sides, strict=True)]
+    half = DECORRELATED * departures[0] + (1 - DECORRELATED) * departures[1]
+    return jnp.stack([half, *departures])[number]
 
 
 def find_scale(svds: TruncatedSVD, s: Array, departure: Array, rule: Any) -> Array:

@@ -46,7 +46,7 @@ def nuclear_median(cores, steps=5, floor=1e-2):
     return median * size
 
 
-def relative(stack, rank, scale=1.5, directions=1.0, rest=0.0, reach=0.03):
+def relative(stack, rank, scale=1.2, directions=1.0, rest=0.0, reach=0.0018):
     """`relative` by full SVDs and dense systems (three or more models that differ)."""
     stack = np.asarray(stack, np.float64)
     count, m, n = stack.shape
@@ -60,13 +60,18 @@ def relative(stack, rank, scale=1.5, directions=1.0, rest=0.0, reach=0.03):
     cores = np.stack([left.T @ d @ right for d in stack - mean])
     ancestor = nuclear_median(cores)
     sides = [np.linalg.svd(c - ancestor, full_matrices=False) for c in cores]
-    u = polar(np.concatenate([u[:, :rank] for u, _, _ in sides], axis=1))
-    v = polar(np.concatenate([vt[:rank].T for _, _, vt in sides], axis=1))
+    u = np.concatenate([u[:, :rank] for u, _, _ in sides], axis=1)
+    v = np.concatenate([vt[:rank].T for _, _, vt in sides], axis=1)
     s = np.concatenate([s[:rank] for _, s, _ in sides])
     a = np.broadcast_to(np.reshape(directions, (-1, 1)) if np.ndim(directions) == 1 else directions, (count, rank))
     rho = np.linalg.norm(stack - mean, axis=(1, 2)).mean() / np.linalg.norm(mean)
-    trust = 1 / (1 + (rho / reach) ** 2)
-    merged = mean + trust * left @ (ancestor + scale * (u * s * a.ravel()) @ v.T) @ right.T
+    departures = [c - ancestor for c in cores]
+    energy = np.mean([np.sum(d**2) for d in departures])
+    overlaps = [np.sum(departures[i] * departures[j]) / energy for j in range(count) for i in range(j)]
+    trust = 1 / (1 + (rho * np.std(overlaps) / reach) ** 2)
+    sa = s * a.ravel()
+    departure = ((u * sa) @ v.T + (polar(u) * sa) @ polar(v).T) / 2
+    merged = mean + trust * left @ (ancestor + scale * departure) @ right.T
     for b, d, core in zip(np.broadcast_to(rest, count), stack - mean, cores, strict=True):
         merged = merged + b * (d - left @ core @ right.T)
     return merged

@@ -273,7 +273,7 @@ def start_coefficients(
                 continue
             own = {key: family.starts[name][key] for key in wanted if key in family.starts[name]}
             if per == "direction" and DIRECTIONS in own and own[DIRECTIONS].ndim == 1:
-                rank = group.solution.u.shape[-1]
+                rank = group.solution.rank
                 own[DIRECTIONS] = jnp.repeat(own[DIRECTIONS][:, None], rank, axis=1)
             if own:
                 coefficients[name] = own

@@ -19,12 +19,14 @@ REWEIGHTINGS = 5
 """Steps of the median."""
 FLOOR = 1e-2
 """Of squared singular values in the median's weights, in units of their mean over models and directions."""
+DECORRELATED = 0.5
+"""Share of every departure whose directions are turned away from the others'; the rest is added as it is."""
 
 Scale = Annotated[Any, Hyperparameter("of the departure from the ancestor; 1 is as far as each model went", low=0)]
 Reach = Annotated[
     Any,
     Hyperparameter(
-        "distance rho between the models at which half of the correction is left", low=0, exclusive_low=True
+        "rho times discord of the models at which half of the correction is left", low=0, exclusive_low=True
     ),
 ]
 Departures = Annotated[
@@ -40,36 +42,38 @@ def relative(
     stack: Float[Array, "k m n"],
     rank: Rank = 32,
     active_rank: ActiveRank = None,
-    scale: Scale = 1.5,
-    reach: Reach = 0.03,
+    scale: Scale = 1.2,
+    reach: Reach = 0.0018,
     directions: Departures = 1.0,
     rest: Outside = 0.0,
 ) -> MergeOutput:
-    """Base-free K-way merge: `ancestor + scale U diag(S) V^T`, the ancestor estimated from the models, near them.
+    """Base-free K-way merge: an ancestor estimated from the models, and their departures from it added up.
 
     With `D_k = theta_k - mean` and Y_u, Y_v orthonormal bases of all models' r leading left and right singular vectors
     of D_k, everything happens to the cores `c_k = Y_u^T D_k Y_v`:
 
     1. the ancestor's core is their median in the nuclear norm, `argmin_C sum_k |c_k - C|_*`: a direction in which few
        models moved is theirs, while a mean charges it to all;
-    2. the r leading directions of every departure `c_k - C` are decorrelated: U and V are the polar factors of all
-       models' vectors side by side, S their singular values.
+    2. the departures `c_k - C`, truncated to `u_k S_k v_k^T` with r directions each, are added up half as they are and
+       half decorrelated: `P = (sum_k u_k S_k v_k^T + U diag(S) V^T) / 2`, U and V the polar factors of all u and all v
+       side by side, so that what models share counts less than twice.
 
-    `W* = mean + t Y_u (C + scale U diag(S) V^T) Y_v^T` with `t = 1 / (1 + (rho / reach)^2)`: the farther apart the
-    models are, `rho = mean_k |D_k| / |mean|`, the less is gained by leaving their mean, and the more is lost where the
-    estimate is wrong. Equal copies return the copy. Two models give their mean: `D_2 = -D_1`, and nothing in the
-    weights tells which of them moved.
+    `W* = mean + t Y_u (C + scale P) Y_v^T` with `t = 1 / (1 + (rho discord / reach)^2)`. The farther apart the models
+    are, `rho = mean_k |D_k| / |mean|`, the less is gained by leaving their mean. The more the departures agree in
+    pairs, `discord`, the standard deviation over i < j of `<c_i - C, c_j - C> / mean_k |c_k - C|^2`, the more is lost:
+    the ancestor of independent ones would have none, and what a majority shares was taken for it. Equal copies return
+    the copy. Two models give their mean: `D_2 = -D_1`, and nothing in the weights tells which of them moved.
 
     Learning chooses from the family around it, linear in a and b:
-    `mean + t Y_u (C + scale sum_k U_k diag(a_k S_k) V_k^T) Y_v^T + sum_k b_k (D_k - Y_u c_k Y_v^T)`. Two models share
-    their directions, each has half of what is along them, and `a_1 - a_2` counts.
+    `mean + t Y_u (C + scale P(a)) Y_v^T + sum_k b_k (D_k - Y_u c_k Y_v^T)`, `a_k S_k` in place of S_k in P. Two models
+    share their directions, each has half of what is along them, and `a_1 - a_2` counts.
 
     Args:
         stack: K >= 2 models [K, m, n].
         rank: directions kept of each model, at most min(m, n) / K; a fraction is of min(m, n).
         active_rank: run-time rank; the result equals that at this rank.
         scale: a number.
-        reach: a rho, dimensionless; a large number keeps the correction whole at any distance.
+        reach: dimensionless; a large number keeps the correction whole.
         directions: a, a number, [K] or [K, directions kept].
         rest: b, a number (which adds nothing, as `sum_k D_k = 0`) or [K].
 
@@ -78,7 +82,8 @@ def relative(
     if len(stack) == 2 and not jnp.ndim(directions) and not jnp.ndim(rest):  # nothing to decompose for
         resolve_rank(rank, *stack.shape[1:])
         mean = stack_mean(stack)
-        return MergeOutput(mean, describe_correction(relative_distance(stack, mean), scale, reach))
+        rho = relative_distance(stack, mean)
+        return MergeOutput(mean, describe_correction(rho, jnp.zeros_like(rho), scale, reach))
     parts = prepare_relative(stack, rank, active_rank)
     return build_relative(stack, parts, solve_relative(parts, active_rank), active_rank, scale, reach, directions, rest)
 
@@ -101,10 +106,18 @@ class RelativeSolution(NamedTuple):
     """The ancestor and the departures from it, in the coordinates of the cores; of two models the first one's alone."""
 
     ancestor: Float[Array, "q p"]
-    u: Float[Array, "k q r"]
-    """Decorrelated left directions of every departure, times their singular values."""
-    v: Float[Array, "k p r"]
-    """Decorrelated right directions: departures are `u_k v_k^T`."""
+    u: Float[Array, "k q d"]
+    """Left directions of every departure, times their singular values: r decorrelated ones, then r as they are; of two
+    models r."""
+    v: Float[Array, "k p d"]
+    """Right directions: departures are `u_k v_k^T`."""
+    discord: Float[Array, ""]
+    """Of the departures, see `relative`."""
+
+    @property
+    def rank(self) -> int:
+        """Directions of each departure that have a coefficient."""
+        return self.u.shape[-1] // (1 if self.u.shape[-3] == 1 else 2)
 
 
 def frobenius_norm(x: Float[Array, "... m n"]) -> Float[Array, "..."]:
@@ -151,14 +164,14 @@ def solve_relative(parts: RelativeParts, active_rank: Array | int | None = None)
     svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
     if count == 2:  # decorrelated from its opposite, a direction is half of what it was
         u, v = multiply(parts.left.T, svds[0].u * (svds[0].s / 2)[None, :]), multiply(parts.right.T, svds[0].v)
-        return RelativeSolution(jnp.zeros_like(parts.cores[0]), u[None], v[None])
+        return RelativeSolution(jnp.zeros_like(parts.cores[0]), u[None], v[None], jnp.zeros_like(parts.rho))
     if active_rank is None:
         return solve_cores(parts.cores, count_directions(parts.left, parts.right), rank)
     inside = [d._replace(u=multiply(parts.left.T, d.u), v=multiply(parts.right.T, d.v)) for d in svds]
     left, right = join_sides(inside)
     found = solve_cores(project(left, parts.cores, right), count_directions(left, right), rank, active_rank)
     u, v = (vmap(multiply, (None, 0))(basis, x) for basis, x in ((left, found.u), (right, found.v)))
-    return RelativeSolution(multiply(multiply(left, found.ancestor), right.T), u, v)
+    return RelativeSolution(multiply(multiply(left, found.ancestor), right.T), u, v, found.discord)
 
 
 def count_directions(left: Float[Array, "m q"], right: Float[Array, "n p"]) -> Float[Array, ""]:
@@ -182,8 +195,25 @@ def solve_cores(
     """
     size = jnp.sqrt(jnp.mean(frobenius_norm(cores) ** 2) + jnp.finfo(cores.dtype).tiny)
     ancestor = nuclear_median(cores / size, directions) * size
-    svds = decompose(cores - ancestor[None], min(rank, *cores.shape[1:]), active_rank)
-    return RelativeSolution(ancestor, *decorrelate_directions(svds))
+    departures = cores - ancestor[None]
+    svds = drop_null_directions(decompose(departures, min(rank, *cores.shape[1:]), active_rank))
+    left, right = decorrelate_directions(svds)
+    left, own = DECORRELATED * left, (1 - DECORRELATED) * svds.u * svds.s[:, None, :]
+    u, v = jnp.concatenate([left, own], axis=-1), jnp.concatenate([right, svds.v], axis=-1)
+    return RelativeSolution(ancestor, u, v, overlap_deviation(departures))
+
+
+def overlap_deviation(departures: Float[Array, "k q p"]) -> Float[Array, ""]:
+    """Standard deviation, over pairs, of two departures' inner product in units of their mean squared norm.
+
+    0, and with a derivative of 0, where they do not deviate.
+    """
+    count = departures.shape[0]
+    flat = departures.reshape(count, -1)
+    products = multiply(flat, flat.T)
+    energy = jnp.trace(products) / count
+    variance = jnp.var(products[jnp.triu_indices(count, 1)] / jnp.where(energy > 0, energy, 1))
+    return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
 
 
 def nuclear_median(cores: Float[Array, "k q p"], directions: Float[Array, ""] | float) -> Float[Array, "q p"]:
@@ -233,8 +263,8 @@ def build_relative(
     parts: RelativeParts,
     solution: RelativeSolution,
     active_rank: Array | int | None = None,
-    scale: Array | float = 1.5,
-    reach: Array | float = 0.03,
+    scale: Array | float = 1.2,
+    reach: Array | float = 0.0018,
     directions: Array | float = 1.0,
     rest: Array | float = 0.0,
 ) -> MergeOutput:
@@ -243,13 +273,15 @@ def build_relative(
     if active_rank is not None:
         active_rank = jnp.minimum(active_rank, parts.svds.s.shape[-1])
     svds = [mask_svd(x, active_rank) for x in unstack(parts.svds)]
-    described = describe_correction(parts.rho, scale, reach)
+    described = describe_correction(parts.rho, solution.discord, scale, reach)
     stats = svd_stats(svds, active_rank) | described
     mean = stack_mean(stack)
     a, b = jnp.asarray(directions, dtype), jnp.asarray(rest, dtype)
     core = solution.ancestor
     if count > 2 or a.ndim:  # two equal coefficients cancel; no rounding of the task vectors may leak in
         a = a[:1] - a[1:] if count == 2 else a
+        if a.ndim > 1:  # the same of what is decorrelated and of what is not
+            a = jnp.tile(a, solution.u.shape[-1] // solution.rank)
         u = solution.u * a.reshape(-1, 1, a.shape[1] if a.ndim > 1 else 1)
         core = core + jnp.asarray(scale, dtype) * join_directions(u, solution.v)
     elif not b.ndim:
@@ -261,14 +293,17 @@ def build_relative(
     return MergeOutput(merged + multiply(multiply(parts.left, core), parts.right.T), stats)
 
 
-def describe_correction(rho: Float[Array, ""], scale: Array | float, reach: Array | float) -> dict[str, Array]:
+def describe_correction(
+    rho: Float[Array, ""], discord: Float[Array, ""], scale: Array | float, reach: Array | float
+) -> dict[str, Array]:
     """What the report says of how far the merge leaves the mean."""
-    return {"rho": rho, "trust": trust_correction(rho, reach), "scale": jnp.asarray(scale, rho.dtype)}
+    trust = trust_correction(rho, discord, reach)
+    return {"rho": rho, "discord": discord, "trust": trust, "scale": jnp.asarray(scale, rho.dtype)}
 
 
-def trust_correction(rho: Float[Array, ""], reach: Array | float) -> Float[Array, ""]:
-    """`t = 1 / (1 + (rho / reach)^2)`, see `relative`."""
-    return 1 / (1 + (rho / jnp.asarray(reach, rho.dtype)) ** 2)
+def trust_correction(rho: Float[Array, ""], discord: Float[Array, ""], reach: Array | float) -> Float[Array, ""]:
+    """`t = 1 / (1 + (rho discord / reach)^2)`, see `relative`."""
+    return 1 / (1 + (rho * discord / jnp.asarray(reach, rho.dtype)) ** 2)
 
 
 def project(

@@ -40,6 +40,11 @@ class WeightedParts(NamedTuple):
     """Right singular vectors: `rest_k = theta_k - mean - own_u_k own_v_k^T`."""
     rho: Float[Array, ""]
 
+    @property
+    def rank(self) -> int:
+        """Directions of each model that have a coefficient."""
+        return self.u.shape[-1]
+
 
 def prepare_weighted(
     stack: Float[Array, "k m n"], rank: int | float = 0.05, active_rank: Array | int | None = None

@@ -42,17 +42,32 @@ def test_against_the_oracle(per):
     np.testing.assert_allclose(merge(jnp.asarray(stack), directions, REST), expected, rtol=0, atol=1e-8)
 
 
-def test_models_far_apart_stay_near_their_mean():
-    """At rho = reach half of the correction is left; what no direction reaches is not touched by it."""
+def test_models_far_apart_that_agree_in_pairs_stay_near_their_mean():
+    """At rho discord = reach half of the correction is left; what no direction reaches is not touched by it."""
     stack, directions = draw(), DIRECTIONS
-    rho = np.linalg.norm(stack - stack.mean(0), axis=(1, 2)).mean() / np.linalg.norm(stack.mean(0))
+    stats = methods["relative"](jnp.asarray(stack), rank=RANK).stats
+    product = float(stats["rho"] * stats["discord"])
+    assert product > 1e-4
     whole, half = (
-        np.asarray(merge(jnp.asarray(stack), directions, 0.0, reach=reach)) - stack.mean(0) for reach in (WHOLE, rho)
+        np.asarray(merge(jnp.asarray(stack), directions, 0.0, reach=reach)) - stack.mean(0)
+        for reach in (WHOLE, product)
     )
     assert np.abs(whole).max() > 0.1
     np.testing.assert_allclose(half, whole / 2, rtol=0, atol=1e-8)
-    expected = references.relative(stack, RANK, 1.3, directions, REST, 0.1)
-    np.testing.assert_allclose(merge(jnp.asarray(stack), directions, REST, reach=0.1), expected, rtol=0, atol=1e-8)
+    expected = references.relative(stack, RANK, 1.3, directions, REST, 0.01)
+    np.testing.assert_allclose(merge(jnp.asarray(stack), directions, REST, reach=0.01), expected, rtol=0, atol=1e-8)
+
+
+def test_departures_that_a_pair_shares_are_discord():
+    """Two of four models share half of what they moved by; independent ones of any size have next to none."""
+    rng = np.random.default_rng(1)
+    ancestor, moves = rng.normal(size=(64, 64)), rng.normal(size=(4, 64, 64))
+    shared = moves.copy()
+    shared[1] = (moves[0] + moves[1]) / np.sqrt(2)
+    alone, paired = (
+        float(methods["relative"](jnp.asarray(ancestor + 0.1 * x), rank=16).stats["discord"]) for x in (moves, shared)
+    )
+    assert alone < 0.05 < 0.1 < paired
 
 
 def test_a_smaller_rank_at_run_time_is_that_rank():
@@ -107,7 +122,7 @@ def test_a_config_takes_a_number_or_lists(tmp_path):
     merge_checkpoints(parse_config(config, "test"), tmp_path / "out")
     with open_checkpoint(tmp_path / "out") as merged:
         for name, directions, rest in (("a.weight", DIRECTIONS, REST), ("b.weight", 0.8, 0.0)):
-            expected = references.relative(np.stack([t[name] for t in trees]), RANK, 1.5, directions, rest)
+            expected = references.relative(np.stack([t[name] for t in trees]), RANK, directions=directions, rest=rest)
             np.testing.assert_allclose(merged.read(name), expected, rtol=0, atol=1e-5)
     for value in ([1.0, 2.0], [[1.0], [1.0, 2.0], [1.0]], ["x", 1, 2]):
         with pytest.raises(RefusedError, match="per model"):
