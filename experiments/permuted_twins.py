@@ -442,13 +442,16 @@ def find_headline(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw the accuracy of the mean, and the neurons recovered, against the width."""
+    """Draw the accuracy of the mean and, where there are twins, the neurons recovered, against the width."""
     kinds = list(dict.fromkeys(row.kind for row in rows))
-    figure = make_figure(4 * len(kinds), 6.5)
-    panels = figure.subplots(2, len(kinds), sharex=True, sharey="row", squeeze=False)
-    for column, kind in enumerate(kinds):
-        for name, marker in zip(ALIGNMENTS, "x+^osDvP*h1", strict=True):
-            for axes, field in zip(panels[:, column], ("accuracy", "recovered"), strict=True):
+    fields = {"accuracy": "test accuracy of the mean"}
+    if any(row.recovered is not None for row in rows):
+        fields["recovered"] = "share of neurons recovered"
+    figure = make_figure(max(4 * len(kinds), 10), 1.8 + 2.9 * len(fields))
+    panels = figure.subplots(len(fields), len(kinds), sharex=True, sharey="row", squeeze=False)
+    for name, marker, colour in zip(ALIGNMENTS, "x+^osDvP*h1", [*(f"C{i}" for i in range(10)), "black"], strict=True):
+        for column, kind in enumerate(kinds):
+            for axes, field in zip(panels[:, column], fields, strict=True):
                 found: dict[int, list[float]] = {}
                 for row in rows:
                     value = getattr(row, field)
@@ -456,20 +459,22 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                         found.setdefault(row.width, []).append(value)
                 points: list[Estimate] = [estimate(values) for values in found.values()]
                 bars = [p.standard_error or 0 for p in points]
-                axes.errorbar(list(found), [p.mean for p in points], bars, marker=marker, label=name, alpha=0.8)
+                means = [p.mean for p in points]
+                axes.errorbar(list(found), means, bars, marker=marker, color=colour, label=name, alpha=0.8)
+    for column, kind in enumerate(kinds):
         own: dict[int, list[float]] = {}
         for row in rows:
             if row.kind == kind:
                 own.setdefault(row.width, []).append(row.own)
         panels[0, column].plot(list(own), [np.mean(values) for values in own.values()], "k:", label="by themselves")
         panels[0, column].set(title=kind, xscale="log")
-        panels[1, column].set(xlabel="width")
-        panels[1, column].set_xticks(list(own), [str(width) for width in own])
-        panels[1, column].minorticks_off()
-        if kind == "trained apart":
+        panels[-1, column].set(xlabel="width")
+        panels[-1, column].set_xticks(list(own), [str(width) for width in own])
+        panels[-1, column].minorticks_off()
+        if "recovered" in fields and kind == "trained apart":
             panels[1, column].text(0.5, 0.5, "no twins", ha="center", transform=panels[1, column].transAxes)
-    panels[0, 0].set_ylabel("test accuracy of the mean")
-    panels[1, 0].set_ylabel("share of neurons recovered")
+    for axes, title in zip(panels[:, 0], fields.values(), strict=True):
+        axes.set_ylabel(title)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=100)
 

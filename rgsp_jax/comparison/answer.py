@@ -200,7 +200,7 @@ def advise_family(
             " beat."
         )
     else:
-        yield (f"Merge {names} with `--method relative`, the default from three models on.")
+        yield f"Merge {names} with `--method relative`, the default from three models on."
     if largest > MEASURED_RHO[1]:
         yield (
             f"{names} are farther apart than the models this was measured on (rho up to {MEASURED_RHO[1]:g}): score the"

@@ -5,39 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from merging.perceptrons import INPUTS, SIZES, SPEC, mlp, outputs, shuffle
 from rgsp_jax.merging import carry_neurons, couple_neurons, permute, round_coupling
 from rgsp_jax.merging.neuron_geometry import SIDES, TOLERANCE, find_geometry, find_linear_cost, find_places
 
-SPEC = {
-    "in.weight": ("h1", None),
-    "in.bias": ("h1",),
-    "mid.weight": ("h2", "h1"),
-    "mid.bias": ("h2",),
-    "out.weight": (None, "h2"),
-    "out.bias": (None,),
-}
-SIZES = {"h1": 12, "h2": 9}
 APART = jax.jit(lambda a, b: couple_neurons(a, b, SPEC, common_ends=False))
 JOINT = jax.jit(lambda a, b: couple_neurons(a, b, SPEC))
-
-
-def mlp(seed, spread=1.0):
-    rng = np.random.default_rng(seed)
-    shapes = {"in.weight": (12, 16), "mid.weight": (9, 12), "out.weight": (3, 9)}
-    shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
-    return {name: jnp.asarray(spread * rng.normal(size=shape)) for name, shape in shapes.items()}
-
-
-def outputs(params, x):
-    for layer in ("in", "mid", "out"):
-        x = x @ params[f"{layer}.weight"].T + params[f"{layer}.bias"][None]
-        x = x if layer == "out" else jnp.maximum(x, 0)
-    return np.asarray(x)
-
-
-def shuffle(seed):
-    rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.permutation(size), jnp.int32) for name, size in SIZES.items()}
 
 
 def rotate_ends(model, seed):
@@ -58,9 +31,6 @@ def split(model, seed):
     wide["mid.weight"] = wide["mid.weight"][:, halves["h1"]] / 2
     wide["out.weight"] = wide["out.weight"][:, halves["h2"]] / 2
     return wide, halves
-
-
-INPUTS = jnp.asarray(np.random.default_rng(99).normal(size=(20, 16)))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
