@@ -99,7 +99,7 @@ TABLE = (
     Method(
         "relative",
         relative,
-        "Base-free fusion of K models: decorrelated departures from the ancestor that they suggest.",
+        "Base-free fusion of K models: departures, half decorrelated, from the ancestor that they suggest.",
         order_invariant=True,
         scale_equivariant=True,
         rotation_equivariant=True,
