@@ -33,6 +33,7 @@ import numpy as np
 from contenders import Contender, Problem, PyTree, make_contender, merge_settings
 from digit_tasks import REGIMES
 from digit_training import Store, Training
+from relative_others import OUTWARD, merge_heads, merge_vectors
 from relative_variants import ANCESTORS, COUPLINGS, OUT, RANDOM, RANKS, SCALES, TRUSTS, VARIANT, WEIGHTS
 from tables import RESULTS, Estimate, describe_command, estimate, make_figure, table, write_results
 from vision_digits import choose_tasks, hash_sources, make_score, open_work, train_ancestor, train_expert
@@ -139,6 +140,20 @@ ABLATIONS: Mapping[str, Mapping[str, float]] = {
     },
 }
 
+VECTORS: Mapping[str, Mapping[str, float]] = {
+    "vectors: their median": {"ancestor": 1.0},
+    "vectors: their median and .3 of what departs": {"ancestor": 1.0, "departures": 0.3},
+    "vectors: their median and all that departs": {"ancestor": 1.0, "departures": 1.0},
+}
+OUTWARD_SETTINGS: Mapping[str, Mapping[str, float]] = {
+    f"by the odds of who moved, strength {strength:g}, level {level:g}, scale {scale:g}": {
+        "strength": strength,
+        "level": level,
+        "scale": scale,
+    }
+    for strength, level, scale in ((0.25, 0.0, 1.0), (1.0, 0.0, 1.0), (1.0, 0.0, 1.2), (1.0, 2.0, 1.2), (1.0, 2.0, 1.5))
+}
+
 
 def list_cells(half: str, families: Sequence[str], experts: Sequence[int], work: Path) -> Iterator[Cell]:
     """Yield the problems of a half that need no files."""
@@ -217,6 +232,11 @@ def make_rows(half: str, candidates: bool) -> list[tuple[Contender, Mapping[str,
         found.append((make_contender("relative", "reaches", grid={}), REACHES))
     if candidates:
         found.append((make_contender(VARIANT, grid={}), {**CANDIDATES, **ABLATIONS}))
+        found += [
+            (Contender("heads", merge_heads, models=(3, None)), {"heads as matrices of their own": {}}),
+            (Contender("vectors", merge_vectors, models=(3, None)), VECTORS),
+            (make_contender(OUTWARD, grid={}), OUTWARD_SETTINGS),
+        ]
     return found
 
 
@@ -253,7 +273,7 @@ def score(cell: Cell, rows: Sequence[tuple[Contender, Mapping[str, Any]]], work:
 
 def hash_here() -> str:
     """Return a hash of this script's libraries that vision_digits does not know."""
-    names = ("relative_variants", "character_tasks")
+    names = ("relative_variants", "relative_others", "character_tasks")
     return hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)).hexdigest()
 
 

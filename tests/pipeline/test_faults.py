@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from pipeline.toy_models import dtype_of, read_model, toy_family, tree_bytes, write_family, write_model
-from rgsp_jax.checkpoint import ShardWriter, write_safetensors
+from rgsp_jax.checkpoint import write_safetensors
 from rgsp_jax.errors import RefusedError
 from rgsp_jax.pipeline import MergeConfig, merge_checkpoints, overview
+from rgsp_jax.pipeline import merge as merging
 
 pytestmark = pytest.mark.usefixtures("plain_report")
 
@@ -255,16 +256,16 @@ def test_an_output_without_a_name_is_refused(tmp_path, monkeypatch, models, out)
 
 def test_a_bit_that_flips_after_writing_is_caught_and_mended(tmp_path, monkeypatch, models, small_items):
     config = MergeConfig(models=models, method="average")
-    finish = ShardWriter.finish
+    audit = merging.audit
 
-    def flip(writer):
-        data = bytearray((writer.directory / "model.safetensors").read_bytes())
+    def flip(directory, *others):
+        data = bytearray((directory / "model.safetensors").read_bytes())
         data[-3] ^= 16
-        (writer.directory / "model.safetensors").write_bytes(data)
-        return finish(writer)
+        (directory / "model.safetensors").write_bytes(data)
+        return audit(directory, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "finish", flip)
+        patch.setattr(merging, "audit", flip)
         problems = refused(config, tmp_path / "out")
     last = list(read_model(tmp_path / "a"))[-2]
     assert len(problems) == 1 and problems[0].startswith("audit: ") and repr(last) in problems[0]
@@ -277,17 +278,16 @@ def test_a_bit_that_flips_after_writing_is_caught_and_mended(tmp_path, monkeypat
 
 
 def test_a_weight_file_that_is_not_the_plan_is_caught(tmp_path, monkeypatch, models):
-    finish = ShardWriter.finish
+    audit = merging.audit
 
-    def replace(writer):
-        tensors = read_model(writer.directory / "model.safetensors")
+    def replace(directory, *others):
+        tensors = read_model(directory / "model.safetensors")
         tensors["surplus.weight"] = tensors.pop("logit_scale")
         tensors["stem.conv.weight"] = tensors["stem.conv.weight"].reshape(6, 18)
-        paths = finish(writer)
-        write_safetensors(writer.directory / "model.safetensors", tensors)
-        return paths
+        write_safetensors(directory / "model.safetensors", tensors)
+        return audit(directory, *others)
 
-    monkeypatch.setattr(ShardWriter, "finish", replace)
+    monkeypatch.setattr(merging, "audit", replace)
     text = "\n".join(refused(MergeConfig(models=models, method="average"), tmp_path / "out"))
     for expected in (
         "'logit_scale' is missing",
