@@ -61,7 +61,7 @@ def merge_vectors(problem: Mapping[str, Any], ancestor: Any = 1.0, departures: A
             return merged
         stack = jnp.stack(leaves)
         median = jnp.median(stack, axis=0)
-        moved = jnp.sum(stack - median, axis=0)
+        moved = jnp.sum(stack - median[None], axis=0)
         return merged + ancestor * (median - stack.mean(0)) + departures * moved
 
     return jax.tree.map(merge_leaf, merge(problem["experts"], "relative")[0], *problem["experts"])

@@ -120,3 +120,56 @@ def test_a_decoder_learns_a_task_and_the_score_sees_it(characters, monkeypatch):
     assert all(after > before + 0.02 for after, before in zip(own, base, strict=True))
     characters.train_ancestor.cache_clear()
     characters.train_expert.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def others(script):
+    return script("relative_others")
+
+
+def draw_trees(count=3):
+    rng = np.random.default_rng(0)
+    ancestor = {name: rng.normal(size=shape) for name, shape in (("query", (6, 8)), ("out", (8, 6)))}
+    bias = rng.normal(size=8)
+
+    def draw():
+        attention = {
+            n: {"kernel": (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32)} for n, x in ancestor.items()
+        }
+        return {"attention": attention | {"norm": {"scale": (bias + rng.normal(size=8)).astype(np.float32)}}}
+
+    return [draw() for _ in range(count)]
+
+
+def test_heads_are_merged_by_themselves_and_put_back(others):
+    trees = draw_trees()
+    merged = others.merge_heads({"experts": trees})["attention"]
+    whole = rgsp_jax.merge(trees, "relative")[0]["attention"]
+    for head in range(4):
+        own = [{"kernel": tree["attention"]["query"]["kernel"][:, 2 * head : 2 * head + 2]} for tree in trees]
+        expected = rgsp_jax.merge(own, "relative")[0]["kernel"]
+        np.testing.assert_allclose(merged["query"]["kernel"][:, 2 * head : 2 * head + 2], expected, atol=1e-5)
+    np.testing.assert_allclose(merged["out"]["kernel"], whole["out"]["kernel"], atol=1e-6)
+    assert np.abs(merged["query"]["kernel"] - whole["query"]["kernel"]).max() > 1e-3
+
+
+def test_vectors_by_rule(others):
+    trees = draw_trees()
+    stack = np.stack([tree["attention"]["norm"]["scale"] for tree in trees])
+    median = np.median(stack, axis=0)
+    found = others.merge_vectors({"experts": trees}, ancestor=1.0, departures=0.3)["attention"]
+    np.testing.assert_allclose(found["norm"]["scale"], median + 0.3 * (stack - median).sum(0), atol=1e-6)
+    whole = rgsp_jax.merge(trees, "relative")[0]["attention"]
+    np.testing.assert_allclose(found["query"]["kernel"], whole["query"]["kernel"], atol=1e-6)
+
+
+def test_the_odds_of_who_moved(others):
+    """Certain of every departure it is `relative`; of two models it finds the one that left zero."""
+    rng = np.random.default_rng(3)
+    stack = rng.normal(size=(3, 9, 8)) + 3 * rng.normal(size=(9, 8))
+    certain = others.merge_outward(stack, rank=2, strength=0.0, level=40.0).merged
+    np.testing.assert_allclose(certain, rgsp_jax.methods["relative"](stack, rank=2).merged, atol=1e-8)
+    ancestor = 0.01 * rng.normal(size=(16, 16))
+    moved = ancestor + np.outer(*rng.normal(size=(2, 16)))
+    found = others.merge_outward(np.stack([ancestor, moved]), rank=1, strength=20.0, scale=1.0).merged
+    np.testing.assert_allclose(found, moved, atol=0.01)
