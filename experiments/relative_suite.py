@@ -3,15 +3,15 @@
     python experiments/relative_suite.py --half development --work WORK               # what is chosen by
     python experiments/relative_suite.py --half development --work WORK --candidates  # every candidate and ablation
     python experiments/relative_suite.py --half test --work WORK                      # the chosen one, once
-    ... --families text --bench BENCH-1 BENCH-2 --base BASE                           # experts that one brings along
+    ... --families text --texts BENCH --base BASE                                     # encoders fine-tuned on text
 
 Hardware: 2 CPU cores, 6 GB. Runtime on cores that others use too: development half and candidates half an hour each,
 the test half an hour and a half, text ten minutes a bench. A run that was stopped goes on where it was.
 
 The halves (HALVES) share no seed. A digit seed deals the rows, trains its ancestor and experts anew and takes its tasks
-in an order of its own (vision_digits.py), a character seed likewise (character_tasks.py). Text experts are made by
-finetune_text.py; which benches belong to which half is said by the seeds that they were trained with: see
-relative/README.md. Nothing is tuned here: every row is a method at one setting.
+in an order of its own (vision_digits.py), a character seed likewise (character_tasks.py), a text seed trains experts
+anew (text_tasks.py): BENCH has a folder with train.jsonl and test.jsonl for mr, subj and trec, BASE is the Hugging Face
+encoder that they start from. Nothing is tuned here: every row is a method at one setting.
 
 A difference is paired by problem. Its standard error is over seeds: the problems of a seed share experts, so that their
 mean is one observation. `worst` is the smallest difference of a single problem.
@@ -49,19 +49,21 @@ FAMILIES = ("digits", "characters", "text")
 
 @dataclass(frozen=True)
 class Half:
-    """Seeds and trainings whose problems belong together; (width, learning rate) each."""
+    """Seeds and trainings whose problems belong together: (width, learning rate), of text (learning rate, epochs)."""
 
     seeds: Sequence[int]
     digits: Sequence[tuple[int, float]]
     characters: Sequence[tuple[int, float]]
+    text: Sequence[tuple[float, float]]
 
 
 HALVES: Mapping[str, Half] = {
-    "development": Half((0, 1), ((64, 1e-4), (64, 3e-4), (64, 1e-3)), ((64, 3e-4),)),
+    "development": Half((0, 1), ((64, 1e-4), (64, 3e-4), (64, 1e-3)), ((64, 3e-4),), ((5e-5, 2),)),
     "test": Half(
         (2, 3, 4),
         ((64, 1e-4), (64, 3e-4), (64, 1e-3), (32, 3e-4), (128, 3e-4)),
         ((64, 3e-4), (64, 1e-3)),
+        ((1e-5, 4), (5e-5, 2), (2e-4, 1), (2e-4, 4)),
     ),
 }
 
@@ -180,21 +182,24 @@ def list_cells(half: str, families: Sequence[str], experts: Sequence[int], work:
             )
 
 
-def list_text(benches: Sequence[Path], base: Path, experts: Sequence[int]) -> Iterator[Cell]:
-    """Yield a problem for every bench and number of experts that it has, the tasks in the order of their names."""
-    from text_suite import make_problem
+def list_text(half: str, texts: Path, base: Path, experts: Sequence[int], work: Path) -> Iterator[Cell]:
+    """Yield the problems of a half whose experts are fine-tuned from `base` on the rows in `texts`."""
+    import text_tasks
 
-    for seed, bench in enumerate(benches):
-        names = sorted(path.parent.name for path in bench.glob("*/head.safetensors"))
-        for count in (n for n in range(2, len(names) + 1) if n in experts or n == len(names)):
-            tasks = names[:count]
+    chosen = HALVES[half]
+    for seed, (rate, epochs), (name, (_, counts)) in itertools.product(
+        chosen.seeds, chosen.text, text_tasks.REGIMES.items()
+    ):
+        for count in (n for n in counts if n in experts):
             yield Cell(
                 "text",
-                "+".join(tasks),
-                "fine-tuned MiniLM",
+                name,
+                f"rate {rate:g}, {epochs:g} epochs",
                 count,
                 seed,
-                lambda b=bench, t=tasks, s=seed: make_problem(b, t, base, s, (600, 200)),
+                lambda n=name, t=(rate, epochs), s=seed, c=count: text_tasks.make_text(
+                    texts, base, work / "text", n, t, s, c
+                ),
             )
 
 
@@ -392,13 +397,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["digits", "characters"])
     parser.add_argument("--experts", nargs="+", type=int, default=list(EXPERTS), help="default: 2 3 4 6 8")
     parser.add_argument("--candidates", action="store_true", help="score every candidate and ablation too")
-    parser.add_argument("--bench", type=Path, nargs="*", default=[], help="directories of text experts")
-    parser.add_argument("--base", type=Path, help="what the text experts were fine-tuned from")
+    parser.add_argument("--texts", type=Path, help="rows of the text tasks: a folder for each")
+    parser.add_argument("--base", type=Path, help="the encoder that text experts are fine-tuned from")
     parser.add_argument("--work", type=Path, help="keep experts, rows and compiled code here, and use them")
     parser.add_argument("--out", type=Path, help="default: experiments/results/relative_HALF")
     options = parser.parse_args(arguments)
-    if "text" in options.families and not (options.bench and options.base):
-        parser.error("--families text needs --bench and --base")
+    if "text" in options.families and not (options.texts and options.base):
+        parser.error("--families text needs --texts and --base")
     options.out = options.out or RESULTS / f"relative_{options.half}"
     return options
 
@@ -411,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     with open_work(options.work) as work:
         cells = list(list_cells(options.half, options.families, options.experts, work))
         if "text" in options.families:
-            cells += list_text(options.bench, options.base, options.experts)
+            cells += list_text(options.half, options.texts, options.base, options.experts, work)
         for number, cell in enumerate(cells):
             started = time.monotonic()
             found = score(cell, contenders, work)
@@ -423,7 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     settings = {"half": options.half, "families": options.families, "experts": options.experts}
     command = describe_command("relative_suite", settings) + (" --candidates" if options.candidates else "")
     if "text" in options.families:
-        command += " --bench " + " ".join(f"BENCH-{i + 1}" for i in range(len(options.bench))) + " --base BASE"
+        command += " --texts BENCH --base BASE"
     record = {
         "settings": settings,
         "candidates": CANDIDATES | ABLATIONS if options.candidates else {},

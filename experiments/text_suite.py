@@ -84,14 +84,15 @@ def make_score(model: Any, tasks: Sequence[TextTask]) -> Any:
     return score
 
 
-def make_problem(bench: Path, names: Sequence[str], base: Path | None, seed: int, rows: tuple[int, int]) -> Problem:
-    """Return the experts of one bench and how they are scored."""
-    tokenizer = load_tokenizer(bench / names[0] / "model")
-    model, _ = load_base(bench / names[0] / "model")
-    tasks = [read_task(bench / name, tokenizer, *rows) for name in names]
+def make_problem(experts: Sequence[Path], base: Path | None, seed: int, rows: tuple[int, int]) -> Problem:
+    """Return the experts of some task directories and how they are scored."""
+    tokenizer = load_tokenizer(experts[0] / "model")
+    model, _ = load_base(experts[0] / "model")
+    tasks = [read_task(expert, tokenizer, *rows) for expert in experts]
+    names = [task.name for task in tasks]
     return Problem(
         experts=[task.encoder for task in tasks],
-        tasks=list(names),
+        tasks=names,
         score=make_score(model, tasks),
         seed=seed,
         group={"tasks": "+".join(names)},
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
     outcomes = []
     for seed, bench in enumerate(options.bench):
         started = time.monotonic()
-        problem = make_problem(bench, names, options.base, seed, (options.rows, options.validation))
+        problem = make_problem([bench / name for name in names], options.base, seed, (options.rows, options.validation))
         own = run(problem, contenders)
         untuned = {o.method: o.mean for o in own if o.column == "untuned"}
         shown = "  ".join(f"{m} {untuned[m]:.4f}" for m in SHOWN if m in untuned)

@@ -67,9 +67,10 @@ def list_points(axes: Sequence[str], largest: float) -> list[Point]:
     """Every point up to so many parameters."""
     points = [Point("parameters", method, d) for method, decoders in SIZES.items() for d in (*decoders,)]
     points += [Point("parameters", "average", WIDEST)]
-    points += [Point("models", method, SMALL, models=k) for method in ("average", "relative") for k in MODELS]
-    points += [Point("rank", method, SMALL, rank=r) for method in ("rgsp", "relative") for r in RANKS]
-    points = [Point(p.axis, p.method, p.decoder, 3, p.rank) if is_flat(p) else p for p in points]
+    points += [Point("models", "average", SMALL, models=k) for k in MODELS]
+    # Two models have no ancestor to look for: what `relative` costs shows from three.
+    points += [Point("models", "relative", SMALL, models=k) for k in MODELS[1:]]
+    points += [Point("rank", m, SMALL, models=k, rank=r) for m, k in (("rgsp", 2), ("relative", 3)) for r in RANKS]
     return [p for p in points if p.axis in axes and p.decoder.parameters <= largest]
 
 
@@ -79,11 +80,6 @@ def keep_ends(points: Sequence[Point]) -> list[Point]:
     for point in points:
         curves.setdefault((point.axis, point.method), []).append(point)
     return [point for own in curves.values() for point in dict.fromkeys((own[0], own[-1]))]
-
-
-def is_flat(point: Point) -> bool:
-    """Two models have no ancestor to look for: what `relative` costs shows from three."""
-    return point.axis == "rank" and point.method == "relative"
 
 
 def run_point(
@@ -158,6 +154,7 @@ LABELS = {"parameters": "parameters", "models": "models K", "rank": "rank r"}
 def draw(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Processor time above, peak memory below, a column for each axis."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes = [axis for axis in LABELS if any(curve["axis"] == axis for curve in curves)]
     figure = Figure(figsize=(4.2 * len(axes), 6.4), layout="constrained")
@@ -173,6 +170,9 @@ def draw(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
                 label = curve["method"] + ("" if slope is None else f"  (exponent {slope:.2f})")
                 panel.plot(xs, ys, marker="osv^"[number % 4], color=f"C{number}", label=label)
             panel.set(xscale="log", yscale="log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
             panel.grid(True, which="major", alpha=0.3)
             panel.legend(fontsize=8, frameon=False)
             if column == 0:

@@ -77,3 +77,30 @@ def test_runs_repeat_by_seed_and_classes_are_numbered_anew(script, place, tmp_pa
         run(script, place, tmp_path / "a")
     with pytest.raises(SystemExit, match="no rows"):
         run(script, place, tmp_path / "d", "--classes", "7")
+
+
+def test_a_text_problem_is_trained_once_and_in_an_order_of_its_seed(script, place, tmp_path, monkeypatch):
+    """`relative_suite.py` makes its text problems with text_tasks: here two toy tasks, one with two of the labels."""
+    library = script("text_tasks")
+    monkeypatch.setattr(library, "TASKS", {"words": ("words", None), "words-01": ("words", (0, 1))})
+    monkeypatch.setattr(library, "REGIMES", {"tasks": (("words", "words-01"), (2,))})
+    monkeypatch.setattr(library, "ROWS", 64)
+    (tmp_path / "words").mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "words" / name).write_bytes((place / name).read_bytes())
+    suite = script("relative_suite")
+    cells = list(suite.list_text("test", tmp_path, place / "base", (2, 3), tmp_path / "work"))
+    half = suite.HALVES["test"]
+    assert len(cells) == len(half.seeds) * len(half.text) == len({cell.name for cell in cells})
+
+    def make(seed):
+        return library.make_text(tmp_path, place / "base", tmp_path / "work", "tasks", (0.01, 2), seed, 2)
+
+    problem = make(0)
+    assert problem.tasks == ["words", "words-01"] and make(1).tasks == ["words-01", "words"]
+    own = [problem.score(expert, "test")[i] for i, expert in enumerate(problem.experts)]
+    assert own[1] > 0.5 and all(0 <= share <= 1 for share in problem.score(problem.base, "test"))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+    again = make(0)
+    assert files == {path: path.stat().st_mtime_ns for path in files} and len(files) == 8
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, problem.experts[0], again.experts[0])))
