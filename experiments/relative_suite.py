@@ -55,15 +55,17 @@ class Half:
     digits: Sequence[tuple[int, float]]
     characters: Sequence[tuple[int, float]]
     text: Sequence[tuple[float, float]]
+    text_seeds: Sequence[int]
 
 
 HALVES: Mapping[str, Half] = {
-    "development": Half((0, 1), ((64, 1e-4), (64, 3e-4), (64, 1e-3)), ((64, 3e-4),), ((5e-5, 2),)),
+    "development": Half((0, 1), ((64, 1e-4), (64, 3e-4), (64, 1e-3)), ((64, 3e-4),), ((5e-5, 2),), (0,)),
     "test": Half(
         (2, 3, 4),
         ((64, 1e-4), (64, 3e-4), (64, 1e-3), (32, 3e-4), (128, 3e-4)),
         ((64, 3e-4), (64, 1e-3)),
         ((1e-5, 4), (5e-5, 2), (2e-4, 1), (2e-4, 4)),
+        (2, 3),
     ),
 }
 
@@ -188,7 +190,7 @@ def list_text(half: str, texts: Path, base: Path, experts: Sequence[int], work: 
 
     chosen = HALVES[half]
     for seed, (rate, epochs), (name, (_, counts)) in itertools.product(
-        chosen.seeds, chosen.text, text_tasks.REGIMES.items()
+        chosen.text_seeds, chosen.text, text_tasks.REGIMES.items()
     ):
         for count in (n for n in counts if n in experts):
             yield Cell(

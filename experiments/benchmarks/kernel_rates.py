@@ -15,7 +15,9 @@ again, and to iterations beyond those counted. Singular values are compared with
 import argparse
 import json
 import os
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,7 +197,7 @@ def main() -> int:
         print(f"{problem.name} {problem.matrix.shape} r {problem.rank}: {row}", flush=True)
     machine = describe_machine(arguments.cores) | {"load": [round(x, 1) for x in os.getloadavg()]}
     report = {
-        "command": "python -m experiments.benchmarks.kernel_rates",
+        "command": "python -m experiments.benchmarks.kernel_rates " + shlex.join(sys.argv[1:]),
         "headline": write_headline(cases),
         "machine": machine,
         "rounds": arguments.rounds,

@@ -91,7 +91,7 @@ def test_a_text_problem_is_trained_once_and_in_an_order_of_its_seed(script, plac
     suite = script("relative_suite")
     cells = list(suite.list_text("test", tmp_path, place / "base", (2, 3), tmp_path / "work"))
     half = suite.HALVES["test"]
-    assert len(cells) == len(half.seeds) * len(half.text) == len({cell.name for cell in cells})
+    assert len(cells) == len(half.text_seeds) * len(half.text) == len({cell.name for cell in cells})
 
     def make(seed):
         return library.make_text(tmp_path, place / "base", tmp_path / "work", "tasks", (0.01, 2), seed, 2)

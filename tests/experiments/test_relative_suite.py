@@ -35,6 +35,7 @@ def test_the_test_half_scores_what_was_chosen_alone(suite):
 def test_halves_share_no_seed(suite):
     halves = list(suite.HALVES.values())
     assert not set(halves[0].seeds) & set(halves[1].seeds)
+    assert not set(halves[0].text_seeds) & set(halves[1].text_seeds)
 
 
 def test_the_error_is_over_seeds_and_the_worst_over_problems(suite):
