@@ -143,7 +143,19 @@ ABLATIONS: Mapping[str, Mapping[str, float]] = {
         for name, key in (("M", "m"), ("GW", "gw"), ("TOS", "tos"), ("lambda", "lam"))
     },
 }
-
+# At the default epsilon plans are nearly uniform (coupling_information.py): the couplings once more where they are not.
+SHARP: Mapping[str, Mapping[str, float]] = {
+    f"{name}, epsilon {epsilon:g}": {**settings, "epsilon": epsilon}
+    for epsilon in (0.005, 0.001)
+    for name, settings in {
+        f"directions: {COUPLINGS[3]}, scale 1": {"coupling": 3, **COUPLED},
+        f"directions: {COUPLINGS[3]}, permuted, scale 1": {"coupling": 3, "coupling_random": RANDOM, **COUPLED},
+        f"weights: {WEIGHTS[3]}": {"weight": 3},
+        f"weights: {WEIGHTS[3]}, permuted": {"weight": 3, "weight_random": RANDOM},
+        "chain: M, GW, psi, TOS, lambda": {"chain": 0},
+        "chain, GW permuted": {"chain": 0, "gw": RANDOM},
+    }.items()
+}
 VECTORS: Mapping[str, Mapping[str, float]] = {
     "vectors: their median": {"ancestor": 1.0},
     "vectors: their median and .3 of what departs": {"ancestor": 1.0, "departures": 0.3},
@@ -238,7 +250,7 @@ def make_rows(half: str, candidates: bool) -> list[tuple[Contender, Mapping[str,
     if half == "development":
         found.append((make_contender("relative", "reaches", grid={}), REACHES))
     if candidates:
-        found.append((make_contender(VARIANT, grid={}), {**CANDIDATES, **ABLATIONS}))
+        found += [(make_contender(VARIANT, grid={}), own) for own in ({**CANDIDATES, **ABLATIONS}, SHARP)]
         found += [
             (Contender("heads", merge_heads, models=(3, None)), {"heads as matrices of their own": {}}),
             (Contender("vectors", merge_vectors, models=(3, None)), VECTORS),
@@ -433,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         command += " --texts BENCH --base BASE"
     record = {
         "settings": settings,
-        "candidates": CANDIDATES | ABLATIONS if options.candidates else {},
+        "candidates": CANDIDATES | ABLATIONS | SHARP if options.candidates else {},
         "rows": [asdict(r) for r in rows],
     }
     write_results(options.out, command, find_headline(rows), record, tabulate(rows))

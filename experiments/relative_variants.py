@@ -56,6 +56,7 @@ Choice = Annotated[Any, Hyperparameter("which of the module's alternatives", low
 State = Annotated[Any, Hyperparameter("0 in, 1 out, 2 randomised", low=0, high=2)]
 Scale = Annotated[Any, Hyperparameter("of the departure", low=0)]
 Reach = Annotated[Any, Hyperparameter("as in `relative`", low=0, exclusive_low=True)]
+Epsilon = Annotated[Any, Hyperparameter("entropy of the plans, as in `rgsp`", low=0, exclusive_low=True)]
 
 
 class Comparison(NamedTuple):
@@ -84,6 +85,7 @@ def relative_variant(
     trusts: Choice = 0,
     scale: Scale = 1.2,
     reach: Reach = 0.0018,
+    epsilon: Epsilon = 0.05,
 ) -> MergeOutput:
     """`relative` of at least three models with the named parts exchanged."""
     parts = prepare_relative(stack, rank)
@@ -98,7 +100,7 @@ def relative_variant(
 
     number = jnp.asarray(ancestor).astype(jnp.int32)
     svds = jax.tree.map(lambda *x: jnp.stack(x)[number], *every)
-    compared = compare(every[0])
+    compared = compare(every[0], epsilon)
     s = svds.s * keep(svds, all_values[number], ranks)
     s = jnp.where(jnp.asarray(chain) == OUT, s, s + transport(compared, svds.s, m, gw, tos, lam))
     s = s * weigh(compared, svds, weight, weight_random)
@@ -111,14 +113,14 @@ def relative_variant(
     return MergeOutput(merged, {"rho": parts.rho})
 
 
-def compare(svds: TruncatedSVD) -> Comparison:
-    """Every departure against every other by the six steps, at the defaults of `rgsp`."""
+def compare(svds: TruncatedSVD, epsilon: Any) -> Comparison:
+    """Every departure against every other by the six steps, at the defaults of `rgsp` but epsilon."""
     count, r = svds.s.shape
     first, second = jnp.divmod(jnp.arange(count * count), count)
 
     def one(pair: tuple[Array, Array]) -> PairTrace:
         a, b = (jax.tree.map(lambda x, i=i: x[i], svds) for i in pair)
-        return solve_pair(pair_svds(a, b))
+        return solve_pair(pair_svds(a, b), epsilon=epsilon)
 
     trace = map_batch(one, (first, second))
     trace = jax.tree.map(lambda x: x.reshape(count, count, *x.shape[1:]), trace)
