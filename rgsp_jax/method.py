@@ -209,6 +209,8 @@ class Method:
     """Where it is one, so that no tensor need be held whole in the precision that is computed in."""
     cost: Callable[[int, int, int, int], Cost] = count_couplings
     """(models, m, n, rank) -> what comes after the decompositions."""
+    spared: Callable[[int, Mapping[str, Any]], bool] | None = None
+    """(models, hyperparameters) -> True where it takes no matrix apart."""
     limit_rank: Callable[[int, int, int], int] | None = None
     """(models, m, n) -> most directions that it keeps of each model; None is min(m, n)."""
 

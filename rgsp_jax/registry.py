@@ -39,6 +39,7 @@ from rgsp_jax.rgsp import (
     count_relative,
     dgsm,
     gsf,
+    is_mean,
     limit_relative_rank,
     relative,
     relative_weighted,
@@ -105,6 +106,7 @@ TABLE = (
         rotation_equivariant=True,
         stages=RELATIVE_STAGES,
         cost=count_relative,
+        spared=is_mean,
         limit_rank=limit_relative_rank,
     ),
     Method(

@@ -351,7 +351,7 @@ def size_item(group: Group, tensors: Sequence[TensorTask], memory: int, shared_m
     workspace = matrix_workspace(group) if shared_memory else 0
     slots = sum(t.view.matrices[0] for t in tensors if t.view)
     afford = (memory - workspace) // (IN_FLIGHT * step)
-    elements = ITEM_ELEMENTS // (FACTOR_SHARE if is_factorised(group.method) else 1)
+    elements = ITEM_ELEMENTS // (FACTOR_SHARE if is_factorised(group) else 1)
     most = max(1, min(slots, elements // (m * n), afford))
     capacity = -(-slots // -(-slots // most))  # even items, so that padding is least
     return capacity, IN_FLIGHT * capacity * step + workspace
@@ -382,7 +382,7 @@ def matrix_workspace(group: Group, parts: int = 1) -> int:
     matrix = own * min(m, n)
     if group.inputs:  # the covariance in compute precision, its factor or eigenvectors, and what LAPACK takes
         return ((count + 4) * matrix + 5 * n * n) * itemsize
-    if not is_factorised(group.method):
+    if not is_factorised(group):
         copies = TASK_VECTOR_COPIES if "base" in methods[group.method].needs else STACK_COPIES
         if methods[group.method].combination and parts == 1 and matrix <= MOST_IN_PARTS:
             return (copies * count + 1) * min(matrix, PART) * itemsize + 2 * matrix * group.out_dtype.itemsize
@@ -395,9 +395,11 @@ def matrix_workspace(group: Group, parts: int = 1) -> int:
     return ((2 * count + 4) * matrix + factors) * itemsize
 
 
-def is_factorised(method: str) -> bool:
-    """True where matrices are taken apart, which outweighs moving them: what every method for matrices does."""
-    return methods[method].scope == "matrices"
+def is_factorised(work: Group | TensorTask) -> bool:
+    """True where matrices are taken apart, which outweighs moving them."""
+    method = methods[work.method]
+    spared = method.spared is not None and method.spared(len(work.in_dtypes), work.hyperparameters)
+    return method.scope == "matrices" and not spared
 
 
 def rank_of(method: str, hyperparameters: Mapping[str, Any], m: int, n: int) -> int:
@@ -455,7 +457,7 @@ def cut_elements(tensors: Sequence[TensorTask], capacity: int) -> Any:
 def estimate_flops(task: TensorTask) -> float:
     """Floating-point operations of one tensor, to the leading order."""
     count = len(task.in_dtypes)
-    if task.action != "matrices" or task.view is None or not is_factorised(task.method):
+    if task.action != "matrices" or task.view is None or not is_factorised(task):
         return 0.0 if task.action == "copy" else 4.0 * count * task.size
     batch, m, n = task.view.matrices
     if task.inputs is not None:  # an eigendecomposition at worst, and the products

@@ -169,7 +169,7 @@ def predict_process(plans: Iterable[MergePlan], kind: DeviceKind, layout: Layout
         times = []
         for wave in placement.waves(plan.items):
             times.append(time_wave(plan, wave, kind, layout))
-            if wave.group.action == "matrices" and is_factorised(wave.group.method):
+            if wave.group.action == "matrices" and is_factorised(wave.group):
                 compiled.add((wave.group.key, wave.steps, len(wave.shares), wave.divided))
             if wave.divided > 1:
                 divided |= dict.fromkeys(piece.name for item in wave.items for piece in item.pieces)
@@ -217,7 +217,7 @@ def time_step(plan: MergePlan, wave: Wave, kind: DeviceKind) -> float:
     matrices = group.action == "matrices"
     elements = group.matrix[0] * group.matrix[1] if matrices else step_rows(group) * BLOCK
     moving = (step_bytes(group) + PASSES * 4 * len(group.in_dtypes) * elements) / kind.bandwidth.value
-    if not matrices or not is_factorised(group.method):
+    if not matrices or not is_factorised(group):
         return moving
     task = plan.tasks[wave.items[0].pieces[0].name]
     flops = estimate_flops(task) / (task.view.matrices[0] if task.view else 1)

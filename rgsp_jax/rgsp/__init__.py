@@ -2,7 +2,7 @@
 
 from rgsp_jax.rgsp.alignment import decompose
 from rgsp_jax.rgsp.asymmetric import DGSM_STAGES, GSF_STAGES, dgsm, gsf
-from rgsp_jax.rgsp.cost import count_relative, limit_relative_rank
+from rgsp_jax.rgsp.cost import count_relative, is_mean, limit_relative_rank
 from rgsp_jax.rgsp.pairwise import (
     LITERAL,
     PAIR_STAGES,
@@ -67,6 +67,7 @@ __all__ = [
     "dgsm",
     "distance_scale",
     "gsf",
+    "is_mean",
     "limit_relative_rank",
     "nuclear_median",
     "pair_svds",

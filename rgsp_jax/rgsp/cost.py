@@ -1,5 +1,8 @@
 """What `relative` takes beside the models' decompositions: for planners, from shapes alone."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from rgsp_jax.linalg.cost import count_eigh, count_polar, count_truncated_svd
 from rgsp_jax.method import Cost
 from rgsp_jax.rgsp.relative import REWEIGHTINGS
@@ -14,10 +17,16 @@ def limit_relative_rank(models: int, m: int, n: int) -> int:
     return max(min(m, n) // models, 1)
 
 
+def is_mean(models: int, hyperparameters: Mapping[str, Any]) -> bool:
+    """Whether `relative` has nothing to decompose for: two models without coefficients of their own."""
+    own = (hyperparameters.get("directions"), hyperparameters.get("rest"))
+    return models == 2 and not any(isinstance(value, Sequence) for value in own)
+
+
 def count_relative(models: int, m: int, n: int, rank: int) -> Cost:
     """Bases of all directions, the cores in them, the cores' median, and their departures decorrelated.
 
-    Two models give their mean, and XLA leaves the rest out.
+    Two models have no median.
     """
     q = min(models * rank, m, n)
     words = (CORES * models + SQUARES) * q**2

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "can_tell_apart": "of Python numbers",
     "count_relative": "of Python numbers",
     "limit_relative_rank": "of Python numbers",
+    "is_mean": "of Python numbers",
     "chance_of_coincidences": "of Python numbers",
     "interpolation_weights": "of Python numbers",
     "check_learned": "of settings",

@@ -142,6 +142,7 @@ def test_memory_does_not_grow_with_the_layers():
     ("models", "m", "n", "rank"),
     [
         (16, 256, 256, 32),
+        (2, 1024, 768, 32),
         pytest.param(30, 600, 600, 20, marks=pytest.mark.slow),
         pytest.param(3, 1024, 768, 32, marks=pytest.mark.slow),
         pytest.param(4, 64, 4096, 16, marks=pytest.mark.slow),
@@ -159,14 +160,17 @@ def test_the_room_for_relative_covers_what_the_compiler_sets_aside(models, m, n,
 def test_the_median_is_in_the_estimate():
     """Twice K + 1 eigendecompositions in each of its steps, of as many directions as all models have together."""
 
-    def flops(method, count, rank, matrix=(512, 512)):
-        return plan_of({"layers.0.w.weight": matrix}, method=method, count=count, hyperparameters={"rank": rank}).flops
+    def flops(method, count, rank, matrix=(512, 512), **own):
+        settings = {"rank": rank, **own}
+        return plan_of({"layers.0.w.weight": matrix}, method=method, count=count, hyperparameters=settings).flops
 
     for count, rank in ((3, 32), (8, 32), (8, 64)):
         least = REWEIGHTINGS * 2 * (count + 1) * 9 * (count * rank) ** 3
         assert flops("relative", count, rank) - flops("relative_weighted", count, rank) > least
     assert flops("relative", 8, 64) == flops("relative", 8, 200)  # of 512, no more than 64 for each of 8
-    assert flops("relative", 2, 32) <= flops("relative_weighted", 2, 32)  # two models give their mean
+    assert flops("relative", 2, 32) == flops("average", 2, 32)  # their mean
+    learned = flops("relative", 2, 32, directions=[1.0, 0.5])
+    assert 10 * flops("relative", 2, 32) < learned <= flops("relative_weighted", 2, 32)
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(tmp_path):
@@ -196,7 +200,7 @@ def test_gpt2_layers_are_turned(tmp_path):
 def test_groups_take_one_shape_one_setting_and_one_set_of_dtypes():
     config = MergeConfig(
         models=("a", "b"),
-        method="relative",
+        method="rgsp",
         overrides=(Override(pattern="b.*", hyperparameters={"rank": 3}), Override(pattern="c.*", method="slerp")),
     )
     first = specs_of({f"{x}.weight": (8, 4) for x in "abcde"}) | {
