@@ -8,7 +8,7 @@ BENCH holds task directories as `text_encoders.py` reads them; every pair of enc
 the defaults of `rgsp` but epsilon. Siblings match direction by direction, so that the right plan is close to the
 identity: it carries log r nats and has all its mass on the diagonal; the product plan carries none and has 1 / r there.
 
-Expected: at the default epsilon of .05 a few hundredths of log r.
+Expected of TREC, SUBJ and MR: .033 of log r at the default epsilon of .05, .63 at .001; critical epsilon .0011.
 """
 
 import argparse
