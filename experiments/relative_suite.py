@@ -156,6 +156,17 @@ SHARP: Mapping[str, Mapping[str, float]] = {
         "chain, GW permuted": {"chain": 0, "gw": RANDOM},
     }.items()
 }
+FUSED: Mapping[str, Mapping[str, float]] = {
+    f"directions: fused {COUPLINGS[3]}{', permuted' if random else ''}, scale 1, epsilon {epsilon:g}": {
+        "coupling": 3,
+        "coupling_random": random,
+        "fused_penalty": 1.0,
+        "epsilon": epsilon,
+        **COUPLED,
+    }
+    for epsilon in (0.05, 0.001)
+    for random in (0, RANDOM)
+}
 VECTORS: Mapping[str, Mapping[str, float]] = {
     "vectors: their median": {"ancestor": 1.0},
     "vectors: their median and .3 of what departs": {"ancestor": 1.0, "departures": 0.3},
@@ -250,7 +261,7 @@ def make_rows(half: str, candidates: bool) -> list[tuple[Contender, Mapping[str,
     if half == "development":
         found.append((make_contender("relative", "reaches", grid={}), REACHES))
     if candidates:
-        found += [(make_contender(VARIANT, grid={}), own) for own in ({**CANDIDATES, **ABLATIONS}, SHARP)]
+        found += [(make_contender(VARIANT, grid={}), own) for own in ({**CANDIDATES, **ABLATIONS}, SHARP, FUSED)]
         found += [
             (Contender("heads", merge_heads, models=(3, None)), {"heads as matrices of their own": {}}),
             (Contender("vectors", merge_vectors, models=(3, None)), VECTORS),
@@ -445,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         command += " --texts BENCH --base BASE"
     record = {
         "settings": settings,
-        "candidates": CANDIDATES | ABLATIONS | SHARP if options.candidates else {},
+        "candidates": CANDIDATES | ABLATIONS | SHARP | FUSED if options.candidates else {},
         "rows": [asdict(r) for r in rows],
     }
     write_results(options.out, command, find_headline(rows), record, tabulate(rows))

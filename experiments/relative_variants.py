@@ -57,6 +57,7 @@ State = Annotated[Any, Hyperparameter("0 in, 1 out, 2 randomised", low=0, high=2
 Scale = Annotated[Any, Hyperparameter("of the departure", low=0)]
 Reach = Annotated[Any, Hyperparameter("as in `relative`", low=0, exclusive_low=True)]
 Epsilon = Annotated[Any, Hyperparameter("entropy of the plans, as in `rgsp`", low=0, exclusive_low=True)]
+Fused = Annotated[Any, Hyperparameter("weight of the directions' overlaps in the plans, as in `rgsp`", low=0)]
 
 
 class Comparison(NamedTuple):
@@ -86,6 +87,7 @@ def relative_variant(
     scale: Scale = 1.2,
     reach: Reach = 0.0018,
     epsilon: Epsilon = 0.05,
+    fused_penalty: Fused = 0.0,
 ) -> MergeOutput:
     """`relative` of at least three models with the named parts exchanged."""
     parts = prepare_relative(stack, rank)
@@ -100,7 +102,7 @@ def relative_variant(
 
     number = jnp.asarray(ancestor).astype(jnp.int32)
     svds = jax.tree.map(lambda *x: jnp.stack(x)[number], *every)
-    compared = compare(every[0], epsilon)
+    compared = compare(every[0], epsilon, fused_penalty)
     s = svds.s * keep(svds, all_values[number], ranks)
     s = jnp.where(jnp.asarray(chain) == OUT, s, s + transport(compared, svds.s, m, gw, tos, lam))
     s = s * weigh(compared, svds, weight, weight_random)
@@ -113,14 +115,14 @@ def relative_variant(
     return MergeOutput(merged, {"rho": parts.rho})
 
 
-def compare(svds: TruncatedSVD, epsilon: Any) -> Comparison:
-    """Every departure against every other by the six steps, at the defaults of `rgsp` but epsilon."""
+def compare(svds: TruncatedSVD, epsilon: Any, fused_penalty: Any) -> Comparison:
+    """Every departure against every other by the six steps, at the defaults of `rgsp` but what is named."""
     count, r = svds.s.shape
     first, second = jnp.divmod(jnp.arange(count * count), count)
 
     def one(pair: tuple[Array, Array]) -> PairTrace:
         a, b = (jax.tree.map(lambda x, i=i: x[i], svds) for i in pair)
-        return solve_pair(pair_svds(a, b), epsilon=epsilon)
+        return solve_pair(pair_svds(a, b), epsilon=epsilon, fused_penalty=fused_penalty)
 
     trace = map_batch(one, (first, second))
     trace = jax.tree.map(lambda x: x.reshape(count, count, *x.shape[1:]), trace)

@@ -79,7 +79,7 @@ def test_every_variant_is_finite_and_a_merge_of_its_own(suite, variants):
     """All candidates and ablations of a stack in one compiled call, as the suite makes it; the first is `relative`."""
     rng = np.random.default_rng(0)
     stack = rng.normal(size=(3, 9, 8)) + 3 * rng.normal(size=(9, 8))
-    settings = {**suite.CANDIDATES, **suite.ABLATIONS, **suite.SHARP}
+    settings = {**suite.CANDIDATES, **suite.ABLATIONS, **suite.SHARP, **suite.FUSED}
     problem = suite.Problem([{"kernel": x} for x in stack], list("abc"), lambda tree, part: [0.0] * 3, 0)
     contender = suite.make_contender(variants.VARIANT, grid={})
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
