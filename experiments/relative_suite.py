@@ -6,7 +6,7 @@
     ... --families text --texts BENCH --base BASE                                     # encoders fine-tuned on text
 
 Hardware: 2 CPU cores, 6 GB. Runtime on cores that others use too: development half and candidates half an hour each,
-the test half an hour and a half, text ten minutes a bench. A run that was stopped goes on where it was.
+the test half an hour and a half, its text an hour more. A run that was stopped goes on where it was.
 
 The halves (HALVES) share no seed. A digit seed deals the rows, trains its ancestor and experts anew and takes its tasks
 in an order of its own (vision_digits.py), a character seed likewise (character_tasks.py), a text seed trains experts
