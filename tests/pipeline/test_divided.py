@@ -240,7 +240,7 @@ def refused(plan, devices):
 def test_what_has_no_room_is_refused_by_name():
     plan = plan_of((150_000, 900), "relative", 2, memory=100 * 10**9)
     alone = refused(plan, Devices(1, 2 * 10**9))
-    assert alone.startswith(f"{BIG} (150000 x 900) by relative needs 6.56 GB")
+    assert alone.startswith(f"{BIG} (150000 x 900) by relative needs 5.4 GB")
     assert "on a device, and 2 GB are to be had: divide it over several --devices, or merge it" in alone
     assert place_merge(plan, devices=Devices(8, 2 * 10**9)).size_waves(plan.items) == Size(1, 8, 1, True)
     still = refused(plan, Devices(8, 300 * 10**6))
