@@ -87,6 +87,8 @@ SLOW = (
     "test_finetune_text.py::test_runs_repeat_by_seed_and_classes_are_numbered_anew",
     "test_notebooks.py::test_a_notebook_gives_what_it_shows[01_the_method]",
     "test_notebooks.py::test_a_notebook_gives_what_it_shows[03_graft_and_frontier]",
+    "test_notebooks.py::test_a_notebook_gives_what_it_shows[04_sweep_rank_and_beta]",
+    "test_notebooks.py::test_a_notebook_gives_what_it_shows[05_learn_fusion_weights]",
     "test_notebooks.py::test_a_notebook_gives_what_it_shows[06_mesh_of_devices]",
     "test_gradients.py::test_beta_cancels_and_epsilon_where_the_uniform_coupling_is_stationary[rgsp_seed]",
     "test_gradients.py::test_gradients_in_the_weights_and_in_everything_learnable[iso_cts]",
