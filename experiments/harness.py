@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from compilations import drop_compilations
 from contenders import GRIDS, Contender, Problem, make_contender, make_contenders, merge_settings
 from tables import Estimate, compare, estimate, make_figure, table
 
@@ -91,6 +92,7 @@ def run(problem: Problem, contenders: Sequence[Contender]) -> list[Outcome]:
         tests = {i: problem.score(trees[i], "test") for i in sorted({0, best})}
         for column, i in ((COLUMNS[0], 0), (COLUMNS[1], best)):
             outcomes.append(report(contender.name, contender.kind, column, settings[i], tests[i], validation[i]))
+        drop_compilations()
     return outcomes
 
 

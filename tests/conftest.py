@@ -23,6 +23,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import pytest
 
+from experiments.compilations import drop_compilations
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -131,16 +133,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-# Every compiled function holds a few memory maps, and Linux ends a process that passes 65530 of them.
-MAPS, MAPS_LIMIT, LOOK_EVERY = Path("/proc/self/maps"), 20_000, 20
+LOOK_EVERY = 20
 tests_done = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
 def compiled_functions_stay_few():
     yield
-    if next(tests_done) % LOOK_EVERY == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MAPS_LIMIT:
-        jax.clear_caches()
+    if next(tests_done) % LOOK_EVERY == 0:
+        drop_compilations()
 
 
 def pytest_unconfigure():

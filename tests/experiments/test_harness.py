@@ -223,3 +223,21 @@ def test_tables_pictures_and_records(harness, tables, tmp_path):
     assert len(record["outcomes"]) == len(rows)
     assert (tmp_path / "name.png").stat().st_size > 1000
     assert [f.name for f in dataclasses.fields(harness.Summary)] == list(record["summaries"][0])
+
+
+def test_compiled_functions_are_forgotten_when_there_are_many(script):
+    compilations = script("compilations")
+    traces = []
+
+    @jax.jit
+    def count(x):
+        traces.append(x)
+        return x + 1
+
+    count(1.0)
+    compilations.drop_compilations(limit=10**6)
+    count(1.0)
+    assert len(traces) == 1
+    compilations.drop_compilations(limit=10)
+    count(1.0)
+    assert len(traces) == (2 if compilations.MAPS.exists() else 1)
