@@ -9,8 +9,8 @@ Hardware: 2 CPU cores, 4 GB. Runtime: about 10 minutes. `pip install .[experimen
 last hidden states over the tokens, at most 48 of them; accuracies are over the first `--rows` test rows of each task.
 
 Expected on all-MiniLM-L6-v2 encoders of TREC, SUBJ and MR, 600 rows (mean accuracy over the tasks merged; the whole
-table is experiments/results/text_encoders.md): individual .895; all three: average .840, relative .865 (scale "auto")
-and .868 (scale 2); TREC and SUBJ: average .933, rgsp_seed .552, the other way round .671.
+table is experiments/results/text_encoders.md): individual .895; all three: average .840, relative .874,
+relative_weighted .865 and .868 (directions 2); TREC and SUBJ: average .933, rgsp_seed .552, the other way round .671.
 
 `--score DIR ...` scores directories that are there already; `--methods relative:rank=0.1,scale=2` merges with any
 method and hyperparameters; `--backend transformers` runs the encoders in PyTorch instead of flax.
