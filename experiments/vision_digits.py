@@ -19,9 +19,8 @@ rows of each task. `--learning-rate 1e-4`, `1e-3` and `--width 32`, `128` make e
 
 Results go to experiments/results/vision_digits_REGIME.md, .json and .png. Expected accuracies (mean over the tasks,
 three seeds, untuned; 2 / 4 / 8 experts): labels, individual .97 / .97 / .97, average .94 / .82 / .68,
-relative_weighted (the recorded tables call it relative) .94 / .87 / .82, TSV-M with the base .95 / .91 / .85; domains,
-individual .86 / .88 / .89, average .64 / .40 / .36, relative_weighted .64 / .39 / .34, TSV-M .73 / .52 / .44.
-Of `relative` as it is now see relative/README.md.
+relative .94 / .88 / .82, TSV-M with the base .95 / .91 / .85; domains, individual .86 / .88 / .89, average .64 / .40 /
+.36, relative .64 / .43 / .39, TSV-M .73 / .52 / .44.
 """
 
 import argparse
