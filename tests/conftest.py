@@ -138,9 +138,9 @@ tests_done = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
-def compiled_functions_stay_few():
+def compiled_functions_stay_few(request):
     yield
-    if next(tests_done) % LOOK_EVERY == 0:
+    if next(tests_done) % LOOK_EVERY == 0 or request.node.get_closest_marker("slow"):
         drop_compilations()
 
 

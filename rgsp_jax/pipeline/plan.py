@@ -386,7 +386,10 @@ def matrix_workspace(group: Group, parts: int = 1) -> int:
         copies = TASK_VECTOR_COPIES if "base" in methods[group.method].needs else STACK_COPIES
         if methods[group.method].combination and parts == 1 and matrix <= MOST_IN_PARTS:
             return (copies * count + 1) * min(matrix, PART) * itemsize + 2 * matrix * group.out_dtype.itemsize
-        return (copies * count + 1) * matrix * itemsize
+        held = copies * count + 1
+        if parts > 1:  # XLA holds every part twice where it moves it
+            held += count + 1
+        return held * matrix * itemsize
     r = count_directions(group.method, group.hyperparameters, count, m, n)
     between = methods[group.method].cost(count, m, n, r).words
     factors = count * (own + min(m, n)) * min(4 * r + 40, min(m, n)) * 3 + between + 3 * min(m, n) ** 2

@@ -160,11 +160,14 @@ def make_pair(case="apart"):
 
 PAIRWISE = {
     "rgsp": ("epsilon", "temperature", "fused_penalty", "w_q", "w_k"),
-    "dgsm": ("epsilon", "w_q", "w_k"),
+    "dgsm": ("w_q", "w_k"),
     "graft": ("ridge",),
     "slerp": ("t",),
 }
-"""Method -> what a pair of models can learn of it (beta's derivative is zero: it cancels)."""
+"""Method -> what a pair of models can learn of it.
+
+beta's derivative is zero, it cancels; so is that of dgsm's epsilon, where the uniform coupling is stationary.
+"""
 
 
 def prepare_pairwise(method, trees):
