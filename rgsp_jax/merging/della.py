@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rgsp_jax.linalg.rows import divide_side
 from rgsp_jax.merging.dare import DropRate
 from rgsp_jax.merging.sparsity import drop_at_random, rank_in_rows
 from rgsp_jax.merging.task_arithmetic import Scale, TaskCoefficients, task_vectors
@@ -46,7 +47,7 @@ def della(
     Returns:
         stats: `sign_agreement`; `drop_rates_clipped`, a flag, where drop_rate +- window / 2 left [0, 1].
     """
-    vectors = task_vectors(stack, base)
+    vectors = task_vectors(divide_side(stack, 0), divide_side(base, 0))  # each row is ranked by itself
     rate, window = jnp.asarray(drop_rate, stack.dtype), jnp.asarray(window, stack.dtype)
     rates = rate + window * (0.5 - jax.vmap(rank_in_rows)(vectors))
     clipped = (rate + window / 2 > 1) | (rate - window / 2 < 0)

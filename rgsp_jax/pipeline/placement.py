@@ -18,6 +18,7 @@ from rgsp_jax.pipeline.plan import (
     Piece,
     WorkItem,
     count_rows,
+    is_factorised,
     matrix_workspace,
     step_bytes,
     step_rows,
@@ -26,6 +27,10 @@ from rgsp_jax.registry import methods
 
 MARGIN = 0.1
 """Share of a device's memory left to compiled programs and to what lies between buffers."""
+COMPILER = 400_000_000
+"""Bytes of the host's that XLA takes for the kernels of a decomposition, while a wave is in memory already: what a
+merge of `tests/pipeline/measured_merge.py` by rgsp has at its peak less what it has with a filled
+JAX_COMPILATION_CACHE_DIR."""
 SIMULATED = "XLA_FLAGS=--xla_force_host_platform_device_count={}"
 """What makes one machine's processors so many devices."""
 
@@ -137,10 +142,10 @@ class Placement:
         at_once = 1 if self.shares_memory else size.steps
         return size.steps * step_bytes(group) + at_once * matrix_workspace(group)
 
-    def fits(self, group: Group, size: Size) -> bool:
-        """Whether the host and the devices have room for waves of this size."""
+    def fits(self, group: Group, size: Size, spare: int = 0) -> bool:
+        """Whether the host, less some bytes, and the devices have room for waves of this size."""
         on_device = self.device_memory is None or self.count_device_bytes(group, size) <= self.device_memory
-        return on_device and self.count_bytes(group, size) <= self.memory
+        return on_device and self.count_bytes(group, size) + spare <= self.memory
 
     def is_too_large(self, group: Group) -> bool:
         """True where not even one matrix has room on a device."""
@@ -167,13 +172,15 @@ class Placement:
             return single
         if self.is_too_large(group):
             return self.divide_matrices(group, capacity) or single
+        compiled = group.action == "matrices" and is_factorised(group)
+        spare = COMPILER if self.shares_memory and compiled else 0
         best = (len(items) * capacity, len(items), 1), single
         for devices in range(2, min(len(self.devices), sum(steps)) + 1):
             for joined in range(1, min(len(items), devices) + 1):
                 loads = [-(-sum(steps[i : i + joined]) // devices) for i in range(0, len(items), joined)]
                 size = Size(joined, devices, loads[0])
                 rank = sum(loads), len(loads), devices
-                if rank < best[0] and sum(steps[:joined]) >= devices and self.fits(group, size):
+                if rank < best[0] and sum(steps[:joined]) >= devices and self.fits(group, size, spare):
                     best = rank, size
         return best[1]
 

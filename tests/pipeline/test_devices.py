@@ -25,7 +25,7 @@ from rgsp_jax.pipeline import MergeConfig, Override, describe_plan, execute, mer
 from rgsp_jax.pipeline.execute import compute_item
 from rgsp_jax.pipeline.journal import Journal
 from rgsp_jax.pipeline.kernels import LAYERS, compile_item, split_static
-from rgsp_jax.pipeline.placement import Placement, place_merge
+from rgsp_jax.pipeline.placement import COMPILER, Placement, place_merge, size_of
 from rgsp_jax.pipeline.plan import CHUNK, step_rows
 from rgsp_jax.registry import methods
 from rgsp_jax.types import InputStatistics
@@ -223,6 +223,9 @@ def test_waves_keep_to_the_memory(method):
         assert plan.problems == ()
         placement = place_merge(plan, devices=8)
         assert placement.peak_memory(plan) <= plan.memory
+        for wave in placement.waves(plan.items):
+            if method == "rgsp" and wave.group.action == "matrices" and len(wave.shares) > 1:
+                assert placement.count_bytes(wave.group, size_of(wave)) + COMPILER <= plan.memory
         seen.add(max(len(wave.shares) for wave in placement.waves(plan.items)))
         assert place_merge(plan, devices=1).peak_memory(plan) == plan.peak_memory
     assert min(seen) < 8 and max(seen) == 8
