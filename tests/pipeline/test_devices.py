@@ -396,7 +396,7 @@ def test_accelerators_keep_what_they_work_on_themselves():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("average",), ("slerp", "--device-memory", "700KB")], ids=["waves", "divided"])
+@pytest.mark.parametrize("options", [("average",), ("slerp", "--device-memory", "1MB")], ids=["waves", "divided"])
 def test_processes_of_several_devices_each(tmp_path, options):
     """Every process uses its own devices alone, also where JAX knows those of all."""
     models = write_family(tmp_path, toy_family(2))
