@@ -146,7 +146,7 @@ def write_results(rows: Sequence[Row], command: str, out: Path) -> None:
         found = [row for row in rows if (row.kind, row.size, row.method) == (kind, size, method)]
         cells = [f"{row.error:.3f} ({row.standard_error:.3f})" for row in found]
         slope = fit_slope(ranks, [row.error for row in found])
-        text.append(f"| {' | '.join([kind, f'{size:g}', method, *cells, f'{round(slope, 2) + 0.0:+.2f}'])} |")
+        text.append(f"| {' | '.join([kind, f'{size:g}', method, *cells, f'{slope:+z.2f}'])} |")
         if method == "rgsp_seed":
             deltas = [f"{row.delta:.2f}" for row in found]
             text.append(f"| {' | '.join([kind, f'{size:g}', 'delta of rgsp_seed', *deltas, ''])} |")

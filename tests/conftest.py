@@ -15,7 +15,7 @@ OWN_CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdt
 if OWN_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# Unoptimised by LLVM these small problems run as fast and compile in half the time; XLA's own passes are all there.
+# Most of the time goes into compiling, which LLVM's optimisation makes longer; XLA's own passes are all there.
 # XLA_FLAGS=--xla_backend_optimization_level=3 tests what users run, as `pytest -m slow` is meant to be.
 given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {given} --xla_force_host_platform_device_count=8"

@@ -172,8 +172,7 @@ class Placement:
             return single
         if self.is_too_large(group):
             return self.divide_matrices(group, capacity) or single
-        compiled = group.action == "matrices" and is_factorised(group)
-        spare = COMPILER if self.shares_memory and compiled else 0
+        spare = COMPILER if self.shares_memory and group.action == "matrices" and is_factorised(group) else 0
         best = (len(items) * capacity, len(items), 1), single
         for devices in range(2, min(len(self.devices), sum(steps)) + 1):
             for joined in range(1, min(len(items), devices) + 1):
